@@ -1,0 +1,102 @@
+//! Measures the built program against a real CouchDB, one JSON line a row (DESIGN.md, section 14).
+//!
+//! `cargo bench --bench spiegel -- --url http://admin:password@127.0.0.1:5984 [--binary FILE] [--rows webhook,memory]`
+//!
+//! The program runs as a child process with its defaults, but for what a row says in `settings`. Every database of a run has the
+//! run's prefix and is deleted at its end, an error's or Ctrl-C's too. Figures go to stdout, progress to stderr.
+
+// It takes variables of its own, and not the program's settings.
+#![allow(clippy::disallowed_methods)]
+
+mod couch;
+mod program;
+mod receiver;
+mod report;
+mod rows;
+
+use anyhow::Context;
+use clap::{Parser, ValueEnum};
+use couch::Couch;
+use rows::Bench;
+use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+#[derive(Debug, Parser)]
+#[command(name = "spiegel-bench", about = "Measures Spiegel against a real CouchDB, one JSON line a row")]
+struct Args {
+    /// The CouchDB to measure against, with an admin's user and password
+    #[arg(long, env = "SPIEGEL_BENCH_COUCHDB_URL")]
+    url: String,
+    /// The program to measure
+    #[arg(long, default_value = env!("CARGO_BIN_EXE_spiegel"))]
+    binary: PathBuf,
+    /// Which rows, in the order in which they run
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = Row::value_variants().to_vec())]
+    rows: Vec<Row>,
+    /// Documents of the catch-up
+    #[arg(long, default_value_t = 20_000)]
+    documents: usize,
+    /// Databases that `memory` and `idle` know
+    #[arg(long, default_value_t = 1_000)]
+    databases: usize,
+    /// cargo's own flag
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Row {
+    /// From the feed's row to the webhook
+    Webhook,
+    /// From the write to the document in the target
+    Replicate,
+    /// CouchDB requests for one changed database
+    Requests,
+    /// Webhooks a second from one database with many changes
+    Catchup,
+    /// Resident memory with many idle databases
+    Memory,
+    /// CPU with many idle databases
+    Idle,
+}
+
+fn main() -> anyhow::Result<()> {
+    let args = Args::parse();
+    // Two threads, as the machine of section 14 has cores; the receiver has its own.
+    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?.block_on(run(args))
+}
+
+async fn run(args: Args) -> anyhow::Result<()> {
+    let couch = Couch::new(&args.url)?;
+    let version = couch.version().await.context("ask CouchDB for its version")?;
+    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).context("read the clock")?;
+    let prefix = format!("spiegel_bench_{:x}", since_epoch.as_millis());
+    eprintln!("CouchDB {version}, {}, databases {prefix}_…", args.binary.display());
+    let bench =
+        Bench { couch: couch.clone(), couchdb_version: version, url: args.url.clone(), binary: args.binary.clone(), prefix };
+    let measured = tokio::select! {
+        measured = measure(&bench, &args) => measured,
+        _ = tokio::signal::ctrl_c() => Err(anyhow::anyhow!("interrupted")),
+    };
+    eprintln!("cleaning up");
+    couch.delete_everything_of(&bench.prefix).await.context("clean up")?;
+    measured
+}
+
+async fn measure(bench: &Bench, args: &Args) -> anyhow::Result<()> {
+    let wanted = |row: Row| args.rows.contains(&row);
+    for row in &args.rows {
+        eprintln!("{row:?}");
+        match row {
+            Row::Webhook => rows::webhook::measure(bench).await.context("webhook")?,
+            Row::Replicate => rows::replicate::measure(bench).await.context("replicate")?,
+            Row::Requests => rows::requests::measure(bench).await.context("requests")?,
+            Row::Catchup => rows::catchup::measure(bench, args.documents).await.context("catchup")?,
+            // Both need the same thousand databases, which take longest to make.
+            Row::Memory => rows::idle::measure(bench, args.databases, true, wanted(Row::Idle)).await.context("memory")?,
+            Row::Idle if wanted(Row::Memory) => {}
+            Row::Idle => rows::idle::measure(bench, args.databases, false, true).await.context("idle")?,
+        }
+    }
+    Ok(())
+}

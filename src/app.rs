@@ -1,0 +1,489 @@
+//! The Supervisor, and the one wiring function.
+//!
+//! Children stand in dependency order. When one fails, it and those that need it are rebuilt, with backoff, and nobody else is;
+//! too many restarts in a window end the process. The last stage is started first, and the first stage is drained first.
+
+pub mod couch_health;
+pub mod restart;
+mod status;
+#[cfg(all(test, feature = "dev"))]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests;
+
+use crate::admin::{self, Admin};
+use crate::checkpoints::{self, Checkpoints, CheckpointsActor};
+use crate::config::Settings;
+use crate::couch::Couch;
+use crate::db::directory::{self, DbDirectory};
+use crate::db::listen::Tools;
+use crate::db::rule_health::RuleHealth;
+use crate::db::{self, Shared};
+use crate::feed::cursor::Ledger;
+use crate::feed::{self, GlobalChangesActor, sweep};
+use crate::replicate::{CouchEngine, Replicator};
+use crate::rules::catalogue::Snapshot;
+use crate::rules::{self, RulesActor};
+use crate::schedule::Pool;
+use crate::schedule::backoff::Backoff;
+use crate::telemetry::{ChildLabels, Metrics};
+use crate::topology::{self, Topology};
+use crate::vault::Vault;
+use crate::webhook::HttpSender;
+use anyhow::Context;
+use couch_health::CouchHealth;
+use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, SupervisionEvent};
+use restart::{Child, Decision, Restarts, to_rebuild};
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::{Semaphore, oneshot, watch};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+pub enum Message {
+    Rebuild { generation: u64 },
+    Shutdown { done: oneshot::Sender<()> },
+}
+
+impl ractor::Message for Message {}
+
+/// What outlives every child.
+pub struct World {
+    settings: Settings,
+    couch: Couch,
+    vault: Arc<Vault>,
+    metrics: Arc<Metrics>,
+    ledger: Arc<Ledger>,
+    sweeps: Arc<sweep::Queue>,
+    publish: watch::Sender<Arc<Snapshot>>,
+    rule_health: RuleHealth,
+}
+
+pub struct Supervisor;
+
+pub struct State {
+    world: Arc<World>,
+    built: Built,
+    cells: HashMap<Child, ActorCell>,
+    missing: Vec<Child>,
+    restarts: Restarts,
+    /// A rebuild that was planned before another failure is not the current one any more.
+    generation: u64,
+    is_stopping: bool,
+}
+
+/// The handles that children get of those they need.
+#[derive(Default)]
+struct Built {
+    checkpoints: Option<Checkpoints>,
+    webhooks: Option<Pool<HttpSender>>,
+    replicators: Option<Pool<Replicator>>,
+    topology: Option<ActorRef<topology::Message>>,
+    directory: Option<ActorRef<directory::Message>>,
+    feed: Option<ActorRef<feed::Message>>,
+}
+
+impl Actor for Supervisor {
+    type Msg = Message;
+    type State = State;
+    type Arguments = Arc<World>;
+
+    async fn pre_start(&self, myself: ActorRef<Message>, world: Arc<World>) -> Result<State, ActorProcessingErr> {
+        let mut state = State {
+            world,
+            built: Built::default(),
+            cells: HashMap::new(),
+            missing: Child::ALL.to_vec(),
+            restarts: Restarts::default(),
+            generation: 0,
+            is_stopping: false,
+        };
+        state.build_missing(&myself).await?;
+        Ok(state)
+    }
+
+    async fn handle(&self, myself: ActorRef<Message>, message: Message, state: &mut State) -> Result<(), ActorProcessingErr> {
+        match message {
+            Message::Rebuild { generation } if generation == state.generation && !state.is_stopping => {
+                if let Err(error) = state.build_missing(&myself).await {
+                    return state.plan_rebuild(&myself, "a child", &error.to_string());
+                }
+            }
+            Message::Rebuild { .. } => {}
+            Message::Shutdown { done } => {
+                state.is_stopping = true;
+                let stopping = Stopping {
+                    feed: state.built.feed.clone(),
+                    directory: state.built.directory.clone(),
+                    topology: state.built.topology.clone(),
+                    ledger: state.world.ledger.clone(),
+                    deadline: state.world.settings.shutdown_deadline,
+                };
+                tokio::spawn(async move {
+                    stopping.run().await;
+                    let _ = done.send(());
+                });
+            }
+        }
+        Ok(())
+    }
+
+    async fn handle_supervisor_evt(
+        &self,
+        myself: ActorRef<Message>,
+        event: SupervisionEvent,
+        state: &mut State,
+    ) -> Result<(), ActorProcessingErr> {
+        let (cell, reason) = match event {
+            SupervisionEvent::ActorFailed(cell, error) => (cell, error.to_string()),
+            SupervisionEvent::ActorTerminated(cell, _, reason) => (cell, reason.unwrap_or_else(|| String::from("stopped"))),
+            _ => return Ok(()),
+        };
+        let Some(child) = state.cells.iter().find(|(_, known)| known.get_id() == cell.get_id()).map(|(child, _)| *child) else {
+            // One that we stopped ourselves.
+            return Ok(());
+        };
+        if state.is_stopping {
+            return Ok(());
+        }
+        for gone in to_rebuild(child).into_iter().rev() {
+            if let Some(cell) = state.cells.remove(&gone)
+                && gone != child
+            {
+                cell.stop_children_and_wait(None, Some(Duration::from_secs(1))).await;
+                let _ = cell.stop_and_wait(None, Some(Duration::from_secs(1))).await;
+            }
+            if !state.missing.contains(&gone) {
+                state.missing.push(gone);
+            }
+        }
+        state.world.metrics.restarts.get_or_create(&ChildLabels { child: child.name() }).inc();
+        state.plan_rebuild(&myself, child.name(), &reason)
+    }
+}
+
+impl State {
+    fn plan_rebuild(&mut self, myself: &ActorRef<Message>, child: &str, reason: &str) -> Result<(), ActorProcessingErr> {
+        self.generation += 1;
+        match self.restarts.decide(Instant::now()) {
+            Decision::RestartAfter(delay) => {
+                tracing::error!(
+                    child,
+                    reason,
+                    retry_in_ms = delay.as_millis(),
+                    "a child crashed, it and those that need it are rebuilt"
+                );
+                let (myself, generation) = (myself.clone(), self.generation);
+                tokio::spawn(async move {
+                    tokio::time::sleep(delay).await;
+                    let _ = myself.cast(Message::Rebuild { generation });
+                });
+                Ok(())
+            }
+            Decision::Escalate => {
+                tracing::error!(child, reason, "too many crashes in a minute, giving up");
+                Err("too many crashes in a minute".into())
+            }
+        }
+    }
+
+    async fn build_missing(&mut self, myself: &ActorRef<Message>) -> Result<(), ActorProcessingErr> {
+        self.missing.sort();
+        while let Some(child) = self.missing.first().copied() {
+            let cell = self.build(child, myself.get_cell()).await?;
+            self.cells.insert(child, cell);
+            self.missing.remove(0);
+        }
+        Ok(())
+    }
+
+    /// The wiring, long, flat and dull.
+    async fn build(&mut self, child: Child, supervisor: ActorCell) -> Result<ActorCell, ActorProcessingErr> {
+        let World { settings, couch, vault, metrics, ledger, sweeps, publish, rule_health } = self.world.as_ref();
+        let backoff = Backoff::new(settings.backoff_base, settings.backoff_cap);
+        // CouchDB's own hiccups are retried sooner than somebody else's endpoint.
+        let couch_backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
+        let cell = match child {
+            Child::CouchHealth => Actor::spawn_linked(None, CouchHealth, couch.clone(), supervisor).await?.0.get_cell(),
+            Child::Rules => {
+                let arguments = rules::Arguments {
+                    couch: couch.clone(),
+                    db_name: settings.db_name.clone(),
+                    heartbeat: settings.feed.heartbeat,
+                    backoff: couch_backoff,
+                    publish: publish.clone(),
+                    metrics: metrics.clone(),
+                };
+                Actor::spawn_linked(None, RulesActor, arguments, supervisor).await?.0.get_cell()
+            }
+            Child::Checkpoints => {
+                let arguments = checkpoints::Arguments {
+                    couch: couch.clone(),
+                    db_name: settings.db_name.clone(),
+                    backoff: couch_backoff,
+                    metrics: metrics.clone(),
+                };
+                let (actor, _) = Actor::spawn_linked(None, CheckpointsActor, arguments, supervisor).await?;
+                self.built.checkpoints = Some(Checkpoints::new(actor.clone()));
+                actor.get_cell()
+            }
+            Child::WebhookPool => {
+                let pool =
+                    Pool::spawn(HttpSender::new(&settings.webhook, metrics.clone())?, (&settings.webhook).into(), supervisor)
+                        .await?;
+                let cell = pool.cell();
+                self.built.webhooks = Some(pool);
+                cell
+            }
+            Child::ReplicatorPool => {
+                let engine = Arc::new(CouchEngine::new(couch.clone(), settings.replication.timeout));
+                let runner = Replicator::new(engine, metrics.clone());
+                let pool = Pool::spawn(runner, (&settings.replication).into(), supervisor).await?;
+                let cell = pool.cell();
+                self.built.replicators = Some(pool);
+                cell
+            }
+            Child::Topology => {
+                let arguments = topology::Arguments {
+                    snapshot: publish.subscribe(),
+                    checkpoints: needed(&self.built.checkpoints)?,
+                    pool: needed(&self.built.replicators)?,
+                    vault: vault.clone(),
+                    backoff,
+                    local_url: couch.settings().url.clone(),
+                    local_host: local_host(couch),
+                };
+                let (actor, _) = Actor::spawn_linked(None, Topology, arguments, supervisor).await?;
+                self.built.topology = Some(actor.clone());
+                actor.get_cell()
+            }
+            Child::DbDirectory => {
+                let shared = Shared {
+                    tools: Tools {
+                        couch: couch.clone(),
+                        spiegel_db: settings.db_name.clone(),
+                        checkpoints: needed(&self.built.checkpoints)?,
+                        webhooks: needed(&self.built.webhooks)?,
+                        vault: vault.clone(),
+                        backoff,
+                        batch_size: settings.db.batch_size,
+                        pages: Arc::new(Semaphore::new(PAGES_MAX)),
+                        rule_health: rule_health.clone(),
+                    },
+                    snapshot: publish.subscribe(),
+                    topology: needed(&self.built.topology)?,
+                    debts: ledger.clone(),
+                    settings: db::Settings {
+                        quiet: settings.debounce.quiet,
+                        longest: settings.debounce.longest,
+                        passivate_after: settings.db.passivate_after,
+                        assume_deleted_after: settings.db.assume_deleted_after,
+                    },
+                    backoff,
+                };
+                let arguments = directory::Arguments { shared: Arc::new(shared), metrics: metrics.clone() };
+                let (actor, _) = Actor::spawn_linked(None, DbDirectory, arguments, supervisor).await?;
+                self.built.directory = Some(actor.clone());
+                actor.get_cell()
+            }
+            Child::GlobalChanges => {
+                let arguments = feed::Arguments {
+                    couch: couch.clone(),
+                    checkpoints: needed(&self.built.checkpoints)?,
+                    ledger: ledger.clone(),
+                    sweeps: sweeps.clone(),
+                    snapshot: publish.subscribe(),
+                    directory: needed(&self.built.directory)?,
+                    topology: needed(&self.built.topology)?,
+                    backoff: couch_backoff,
+                    metrics: metrics.clone(),
+                    settings: feed::Settings {
+                        heartbeat: settings.feed.heartbeat,
+                        save_seq_after: settings.feed.save_seq_after,
+                        spill_after: settings.feed.spill_after,
+                        sweep_interval: settings.feed.sweep_interval,
+                        pending_databases_max: settings.pending_databases_max,
+                    },
+                };
+                let (actor, _) = Actor::spawn_linked(None, GlobalChangesActor, arguments, supervisor).await?;
+                self.built.feed = Some(actor.clone());
+                actor.get_cell()
+            }
+        };
+        Ok(cell)
+    }
+}
+
+/// Pages of changes held in memory at once: with a batch of 200 documents of 10 KB each, 128 MB.
+const PAGES_MAX: usize = 64;
+
+fn needed<T: Clone>(handle: &Option<T>) -> Result<T, ActorProcessingErr> {
+    handle.clone().ok_or_else(|| "a child was built before what it needs".into())
+}
+
+/// The way of a replicator's source or target that names the watched server.
+fn local_host(couch: &Couch) -> String {
+    let url = &couch.settings().url;
+    format!("{}:{}", url.host_str().unwrap_or_default(), url.port_or_known_default().unwrap_or_default())
+}
+
+/// The end: stop the feed ▶ no new jobs ▶ wait, with a deadline ▶ spill ▶ watermark.
+struct Stopping {
+    feed: Option<ActorRef<feed::Message>>,
+    directory: Option<ActorRef<directory::Message>>,
+    topology: Option<ActorRef<topology::Message>>,
+    ledger: Arc<Ledger>,
+    deadline: Duration,
+}
+
+/// Of the deadline, what runs now may take half, the spill and the watermark a quarter each.
+impl Stopping {
+    async fn run(self) {
+        let Self { feed: Some(feed), directory: Some(directory), topology: Some(topology), ledger, deadline } = self else {
+            return;
+        };
+        let _ = feed.cast(feed::Message::Stop);
+        let _ = directory.cast(directory::Message::Stop);
+        let _ = tokio::time::timeout(deadline / 2, ledger.room(1)).await;
+
+        let mut spilled = Vec::new();
+        for db in ledger.cursor().owing() {
+            let (done, told) = oneshot::channel();
+            let _ = directory.cast(directory::Message::Spill { db, done: Some(done) });
+            spilled.push(told);
+        }
+        let (done, told) = oneshot::channel();
+        let _ = topology.cast(topology::Message::Shutdown { done });
+        spilled.push(told);
+        let all_spilled = async {
+            for told in spilled {
+                let _ = told.await;
+            }
+        };
+        if tokio::time::timeout(deadline / 4, all_spilled).await.is_err() {
+            tracing::warn!(
+                databases = ledger.cursor().len(),
+                "not everything could be made durable in time; the feed will tell of it again"
+            );
+        }
+        let (done, told) = oneshot::channel();
+        let _ = feed.cast(feed::Message::SaveFinally { done });
+        let _ = tokio::time::timeout(deadline / 4, told).await;
+    }
+}
+
+/// The app before its start: it is alive, and says why it is not ready, while somebody still waits for CouchDB.
+pub struct App {
+    world: Arc<World>,
+    admin: Option<Admin>,
+    admin_stop: CancellationToken,
+}
+
+/// Runs until a signal, or until the Supervisor gives up.
+pub async fn run(app: App, mut signals: Signals) -> anyhow::Result<()> {
+    let mut running = app.start().await?;
+    let ended = tokio::select! {
+        () = running.gave_up() => anyhow::bail!("the supervisor gave up"),
+        signal = signals.next() => signal,
+    };
+    tracing::info!(signal = ended, "stopping");
+    tokio::select! {
+        () = running.stop() => {}
+        signal = signals.next() => {
+            tracing::warn!(signal, "a second signal, ending at once");
+            end_at_once()
+        }
+    }
+    tracing::info!("stopped");
+    Ok(())
+}
+
+/// The app at work; whoever holds it says when it ends.
+pub struct Running {
+    world: Arc<World>,
+    supervisor: ActorRef<Message>,
+    ended: JoinHandle<()>,
+    admin: Option<Admin>,
+    admin_stop: CancellationToken,
+}
+
+impl App {
+    pub async fn open(settings: Settings, vault: Vault, couch: Couch) -> anyhow::Result<Self> {
+        let world = Arc::new(World {
+            metrics: couch.metrics().clone(),
+            couch,
+            vault: Arc::new(vault),
+            ledger: Arc::new(Ledger::default()),
+            sweeps: Arc::new(sweep::Queue::default()),
+            publish: watch::channel(Arc::new(Snapshot::default())).0,
+            rule_health: RuleHealth::default(),
+            settings,
+        });
+        let admin_stop = CancellationToken::new();
+        let admin = match world.settings.admin_listen {
+            Some(listen) => {
+                let serving = admin::serve(listen, status::admin_state(&world), admin_stop.clone()).await;
+                Some(serving.with_context(|| format!("listen on admin.listen {listen}"))?)
+            }
+            None => None,
+        };
+        Ok(Self { world, admin, admin_stop })
+    }
+
+    pub async fn start(self) -> anyhow::Result<Running> {
+        let Self { world, admin, admin_stop } = self;
+        let spawned = Actor::spawn(None, Supervisor, world.clone()).await;
+        let (supervisor, ended) = spawned.map_err(|error| anyhow::anyhow!("start the supervisor: {error}"))?;
+        tracing::info!(
+            version = env!("CARGO_PKG_VERSION"),
+            couchdb = world.couch.address(),
+            db = world.settings.db_name,
+            "spiegel is running"
+        );
+        Ok(Running { world, supervisor, ended, admin, admin_stop })
+    }
+}
+
+impl Running {
+    /// Comes back only where too many crashes ended the Supervisor.
+    pub async fn gave_up(&mut self) {
+        let _ = (&mut self.ended).await;
+    }
+
+    /// Drains with a deadline, and saves the position.
+    pub async fn stop(self) {
+        let Self { world, supervisor, admin, admin_stop, ended: _ } = self;
+        let (done, told) = oneshot::channel();
+        let _ = supervisor.cast(Message::Shutdown { done });
+        let _ = tokio::time::timeout(world.settings.shutdown_deadline + Duration::from_millis(500), told).await;
+        supervisor.stop_children_and_wait(None, Some(Duration::from_millis(300))).await;
+        let _ = supervisor.stop_and_wait(None, Some(Duration::from_millis(200))).await;
+        admin_stop.cancel();
+        drop(admin);
+    }
+}
+
+#[allow(clippy::disallowed_methods, reason = "somebody who asks twice wants no orderly end")]
+fn end_at_once() -> ! {
+    std::process::exit(130)
+}
+
+/// Heard from its making on.
+pub struct Signals {
+    term: tokio::signal::unix::Signal,
+    int: tokio::signal::unix::Signal,
+}
+
+impl Signals {
+    pub fn new() -> anyhow::Result<Self> {
+        use tokio::signal::unix::{SignalKind, signal};
+        Ok(Self { term: signal(SignalKind::terminate())?, int: signal(SignalKind::interrupt())? })
+    }
+
+    pub async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.term.recv() => "SIGTERM",
+            _ = self.int.recv() => "SIGINT",
+        }
+    }
+}

@@ -1,0 +1,58 @@
+//! What the process says of itself: `/ready` and `/status`.
+
+use super::World;
+use crate::admin::AdminState;
+use serde_json::{Value, json};
+use std::sync::Arc;
+
+pub(super) fn admin_state(world: &Arc<World>) -> AdminState {
+    let (for_ready, for_status) = (world.clone(), world.clone());
+    AdminState {
+        metrics: world.metrics.clone(),
+        ready: Arc::new(move || ready(&for_ready)),
+        status: Arc::new(move || {
+            let world = for_status.clone();
+            Box::pin(async move { status(&world) })
+        }),
+    }
+}
+
+fn ready(world: &World) -> Result<(), String> {
+    if !world.couch.health().is_up() {
+        return Err(String::from("couchdb does not answer"));
+    }
+    match world.metrics.feed_connected.get() {
+        1 => Ok(()),
+        _ => Err(String::from("the feed of _global_changes is not open")),
+    }
+}
+
+fn status(world: &World) -> Value {
+    let snapshot = world.publish.borrow().clone();
+    let metrics = &world.metrics;
+    let (pending, watermark) = {
+        let cursor = world.ledger.cursor();
+        (cursor.len(), cursor.watermark().cloned())
+    };
+    let held = world.rule_health.held();
+    let held: serde_json::Map<String, Value> = held.into_iter().map(|(rule, dbs)| (rule.to_string(), Value::from(dbs))).collect();
+    json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "couchdb": { "url": world.couch.address(), "up": world.couch.health().is_up() },
+        "feed": {
+            "connected": metrics.feed_connected.get() == 1,
+            "watermark": watermark,
+            "pending_databases": pending,
+            "sweeps": metrics.sweeps.get(),
+        },
+        "databases": { "busy": metrics.db_actors.get(), "crashes": metrics.db_actor_crashes.get() },
+        "rules": { "valid": snapshot.rules().len(), "held_back_in_databases": held },
+        "replicators": {
+            "valid": snapshot.replicators().len(),
+            "running": metrics.replications_running.get(),
+            "queued": metrics.replications_queued.get(),
+        },
+        "webhooks": { "in_flight": metrics.webhook_in_flight.get(), "queued": metrics.webhook_queued.get() },
+        "invalid_documents": metrics.invalid_documents.get(),
+    })
+}

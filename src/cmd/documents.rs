@@ -1,0 +1,182 @@
+//! The documents of the spiegel database, as `check` and `status` see them: read once from end to end, kept in few words.
+
+use crate::couch::{Couch, CouchError, encode_segment};
+use crate::rules::invalid::{Invalid as Fault, summary};
+use crate::rules::pattern::Pattern;
+use crate::rules::rule::Rule;
+use crate::topology::replicator::Replicator;
+use reqwest::Method;
+use serde::Deserialize;
+use serde_json::Value;
+use url::Url;
+
+/// A page of documents; with their bodies it stays far below a megabyte.
+const PAGE: usize = 500;
+/// Names of databases are short.
+const NAMES_PAGE: usize = 2000;
+
+/// What the spiegel database holds.
+#[derive(Default)]
+pub(super) struct Census {
+    pub rules: Vec<RuleFacts>,
+    pub replicators: Vec<ReplicatorFacts>,
+    pub change_listeners: usize,
+    pub dirty_replicators: usize,
+    pub dirty_change_listeners: usize,
+    pub invalid: Vec<Invalid>,
+    /// The feed's position; none before the first start.
+    pub watermark: Option<Value>,
+}
+
+pub(super) struct RuleFacts {
+    pub id: String,
+    pub pattern: Pattern,
+    pub url: String,
+}
+
+pub(super) struct ReplicatorFacts {
+    pub id: String,
+    /// The database at the end of the source's address.
+    pub source_db: String,
+    /// Source and target, where they are URLs and not bare names.
+    pub urls: Vec<Url>,
+    /// What is strange about it and does not stop it; empty where nothing is.
+    pub odd: String,
+}
+
+pub(super) struct Invalid {
+    pub id: String,
+    pub why: String,
+}
+
+impl Census {
+    pub async fn of(couch: &Couch, db: &str) -> Result<Self, CouchError> {
+        let mut census = Self::default();
+        let mut after: Option<String> = None;
+        loop {
+            let (docs, last_id) = page(couch, db, after.as_deref()).await?;
+            for doc in &docs {
+                census.add(doc);
+            }
+            match last_id {
+                Some(id) => after = Some(id),
+                None => return Ok(census),
+            }
+        }
+    }
+
+    fn add(&mut self, doc: &Value) {
+        let id = doc["_id"].as_str().unwrap_or_default();
+        match doc["type"].as_str() {
+            Some("on_change") => match rule_facts(doc) {
+                Ok(rule) => self.rules.push(rule),
+                Err(faults) => self.invalid.push(Invalid { id: id.to_string(), why: summary(&faults) }),
+            },
+            Some("replicator") => {
+                self.dirty_replicators += usize::from(is_dirty(doc));
+                match replicator_facts(doc) {
+                    Ok(replicator) => self.replicators.push(replicator),
+                    Err(faults) => self.invalid.push(Invalid { id: id.to_string(), why: summary(&faults) }),
+                }
+            }
+            Some("change_listener") => {
+                self.change_listeners += 1;
+                self.dirty_change_listeners += usize::from(is_dirty(doc));
+            }
+            _ if id == "global_lastSeq" => self.watermark = doc.get("value").filter(|value| !value.is_null()).cloned(),
+            _ => {}
+        }
+    }
+}
+
+/// Due now or later. A document that does not say is new, and due.
+fn is_dirty(doc: &Value) -> bool {
+    doc["dirty"] != Value::Bool(false) || !doc["dirty_at"].is_null()
+}
+
+fn rule_facts(doc: &Value) -> Result<RuleFacts, Vec<Fault>> {
+    let rule = Rule::parse(doc)?;
+    Ok(RuleFacts { id: rule.id.to_string(), pattern: rule.pattern, url: rule.url })
+}
+
+fn replicator_facts(doc: &Value) -> Result<ReplicatorFacts, Vec<Fault>> {
+    let replicator = Replicator::parse(doc)?;
+    let source_db = replicator.source.db_name().to_string();
+    let urls = [&replicator.source, &replicator.target].into_iter().filter_map(|endpoint| endpoint.url().cloned()).collect();
+    Ok(ReplicatorFacts { id: replicator.id.to_string(), source_db, urls, odd: summary(&replicator.warnings) })
+}
+
+/// Documents behind `after`, and the last id where more may follow.
+async fn page(couch: &Couch, db: &str, after: Option<&str>) -> Result<(Vec<Value>, Option<String>), CouchError> {
+    #[derive(Deserialize)]
+    struct Row {
+        id: String,
+        #[serde(default)]
+        doc: Value,
+    }
+    #[derive(Deserialize)]
+    struct Rows {
+        rows: Vec<Row>,
+    }
+    let mut request = couch
+        .request(Method::GET, &format!("{}/_all_docs", encode_segment(db)))
+        .query(&[("include_docs", "true"), ("limit", &PAGE.to_string())]);
+    if let Some(after) = after {
+        request = request.query(&[("startkey", Value::from(after).to_string())]);
+    }
+    let mut rows = couch.json::<Rows>("_all_docs", request).await?.rows;
+    let last_id = rows.last().filter(|_| rows.len() == PAGE).map(|row| row.id.clone());
+    // The page starts with the document that ended the one before, unless that was deleted meanwhile.
+    rows.retain(|row| Some(row.id.as_str()) != after);
+    Ok((rows.into_iter().map(|row| row.doc).collect(), last_id))
+}
+
+/// Hands each page of the server's database names to `look`.
+pub(super) async fn each_page_of_names(couch: &Couch, mut look: impl FnMut(&[String])) -> Result<(), CouchError> {
+    let mut from: Option<String> = None;
+    loop {
+        let names = couch.all_dbs(from.as_deref(), NAMES_PAGE).await?;
+        // The page starts with the name that ended the one before.
+        let new = match (&from, names.first()) {
+            (Some(from), Some(first)) if first == from => &names[1..],
+            _ => &names[..],
+        };
+        look(new);
+        match names.last() {
+            Some(last) if names.len() == NAMES_PAGE => from = Some(last.clone()),
+            _ => return Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn each_document_is_counted_once() {
+        let mut census = Census::default();
+        for doc in [
+            json!({ "_id": "r1", "type": "on_change", "db_name": "^a$", "url": "http://u@h/x" }),
+            json!({ "_id": "r2", "type": "on_change", "db_name": "(", "url": "http://h/x" }),
+            json!({ "_id": "r3", "type": "on_change" }),
+            json!({ "_id": "p1", "type": "replicator", "source": "http://h/a%2Fb", "target": { "url": "http://h/t" } }),
+            json!({ "_id": "p2", "type": "replicator", "source": "http://h/b", "target": "http://h/t", "dirty": false }),
+            json!({ "_id": "p3", "type": "replicator", "dirty": false, "source": 5 }),
+            json!({ "_id": "spiegel_cl_a", "type": "change_listener", "dirty": false, "dirty_at": "2026-01-01" }),
+            json!({ "_id": "spiegel_cl_b", "type": "change_listener", "dirty": false, "dirty_at": null }),
+            json!({ "_id": "global_lastSeq", "type": "global", "value": "5-x" }),
+            json!({ "_id": "_design/x", "views": {} }),
+            json!(null),
+        ] {
+            census.add(&doc);
+        }
+        assert_eq!(census.rules.iter().map(|rule| rule.id.as_str()).collect::<Vec<_>>(), ["r1"]);
+        assert_eq!(census.replicators.iter().map(|r| r.source_db.as_str()).collect::<Vec<_>>(), ["a/b", "b"]);
+        assert_eq!(census.invalid.iter().map(|i| i.id.as_str()).collect::<Vec<_>>(), ["r2", "r3", "p3"]);
+        assert_eq!((census.dirty_replicators, census.change_listeners, census.dirty_change_listeners), (1, 2, 1));
+        assert_eq!(census.watermark, Some(json!("5-x")));
+    }
+}

@@ -1,0 +1,177 @@
+//! What the file may say ▶ what the program may believe.
+//!
+//! `layers` collects what the file, the environment and the flags say about each key of `config/default.toml`; `check` turns
+//! that into `Settings` or into errors, all of them at once, each with the key's full name, where its value came from and
+//! what is allowed. A password never appears in any of them.
+
+mod check;
+mod layers;
+
+use crate::couch::CouchSettings;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Every key, its default and why: the one list from which the file's keys and the environment's names are derived.
+pub const DEFAULT_TOML: &str = include_str!("../config/default.toml");
+
+/// Every setting, checked. Built only by this module.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    pub couchdb: CouchSettings,
+    /// The spiegel database.
+    pub db_name: String,
+    /// Prefix of the sieve's design document, as in the original (for tests that share a server).
+    pub namespace: String,
+    pub passwords_file: Option<PathBuf>,
+    pub feed: FeedSettings,
+    pub debounce: DebounceSettings,
+    pub db: DbSettings,
+    pub webhook: WebhookSettings,
+    pub replication: ReplicationSettings,
+    /// For a rule of a database or a replicator that fails: full jitter, doubling from `backoff_base` to `backoff_cap`.
+    pub backoff_base: Duration,
+    pub backoff_cap: Duration,
+    /// The feed is not read while this many databases have work that is not yet durable.
+    pub pending_databases_max: usize,
+    pub admin_listen: Option<SocketAddr>,
+    pub shutdown_deadline: Duration,
+    pub log: LogSettings,
+}
+
+#[derive(Debug, Clone)]
+pub struct FeedSettings {
+    /// The watchdog gives up on silence after two of these.
+    pub heartbeat: Duration,
+    pub save_seq_after: Duration,
+    pub spill_after: Duration,
+    pub sweep_interval: Duration,
+}
+
+#[derive(Debug, Clone)]
+pub struct DebounceSettings {
+    pub quiet: Duration,
+    pub longest: Duration,
+}
+
+#[derive(Debug, Clone)]
+pub struct DbSettings {
+    pub batch_size: usize,
+    pub passivate_after: Duration,
+    pub assume_deleted_after: Duration,
+}
+
+#[derive(Debug, Clone)]
+pub struct WebhookSettings {
+    /// Requests under way, in all and to one host.
+    pub concurrency: usize,
+    pub concurrency_per_host: usize,
+    /// None: no limit.
+    pub per_second_per_host: Option<std::num::NonZeroU32>,
+    pub connect_timeout: Duration,
+    /// Of one attempt, from connect to the end of the answer.
+    pub timeout: Duration,
+    /// Fast retries before the rule is held back.
+    pub fast_retries: u32,
+    pub retry_base: Duration,
+    pub retry_cap: Duration,
+}
+
+#[derive(Debug, Clone)]
+pub struct ReplicationSettings {
+    pub concurrency: usize,
+    pub concurrency_per_host: usize,
+    pub per_second_per_host: Option<std::num::NonZeroU32>,
+    /// Of one run.
+    pub timeout: Duration,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LogSettings {
+    pub level: String,
+    pub format: LogFormat,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogFormat {
+    /// Human on a terminal, JSON otherwise.
+    Auto,
+    Human,
+    Json,
+}
+
+/// What the flags said; each is a key of the file by another name, but for `config`.
+#[derive(Debug, Clone, Default, clap::Args)]
+#[command(next_help_heading = "Settings (each has a key in the config file and a SPIEGEL_… variable)")]
+pub struct Flags {
+    /// The watched CouchDB, such as http://user:password@127.0.0.1:5984
+    #[arg(long, global = true, value_name = "URL")]
+    pub url: Option<String>,
+    /// The spiegel database [default: spiegel]
+    #[arg(long, global = true, value_name = "NAME")]
+    pub db_name: Option<String>,
+    /// Prefix of the sieve's name, for several Spiegels on one server
+    #[arg(long, global = true, value_name = "PREFIX")]
+    pub namespace: Option<String>,
+    /// The config file (TOML)
+    #[arg(long, global = true, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// JSON file with the passwords of webhooks and replicators: { "host": { "user": "password" } }
+    #[arg(long, global = true, value_name = "FILE")]
+    pub passwords_file: Option<String>,
+    /// error, warn, info, debug or trace [default: info]
+    #[arg(long, global = true, value_name = "LEVEL")]
+    pub log_level: Option<String>,
+    /// auto, human or json [default: auto]
+    #[arg(long, global = true, value_name = "FORMAT")]
+    pub log_format: Option<String>,
+}
+
+/// Where settings come from, later over earlier: the file (named by `--config` or `SPIEGEL_CONFIG`), the environment, the flags.
+#[derive(Debug, Clone, Default)]
+pub struct Sources {
+    pub environment: BTreeMap<String, String>,
+    pub flags: Flags,
+}
+
+impl Sources {
+    /// The process's own environment. A value that is not Unicode is carried along damaged, to be refused as a bad value.
+    pub fn of_this_process(flags: Flags) -> Self {
+        let text = |os: std::ffi::OsString| os.to_string_lossy().into_owned();
+        Self { environment: std::env::vars_os().map(|(name, value)| (text(name), text(value))).collect(), flags }
+    }
+}
+
+#[derive(Debug, Clone)]
+pub struct Loaded {
+    pub settings: Settings,
+    /// Legal, but risky.
+    pub warnings: Vec<String>,
+    /// The config file that was read.
+    pub file: Option<PathBuf>,
+}
+
+/// Everything that is wrong, a line each.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConfigErrors(pub Vec<String>);
+
+impl fmt::Display for ConfigErrors {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.join("\n"))
+    }
+}
+
+impl std::error::Error for ConfigErrors {}
+
+pub fn load(sources: Sources) -> Result<Loaded, ConfigErrors> {
+    let layers = layers::collect(&sources);
+    let file = layers.file.clone();
+    let (settings, warnings) = check::check(layers)?;
+    Ok(Loaded { settings, warnings, file })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests;

@@ -1,0 +1,82 @@
+//! What a database owes, written into CouchDB: that there is work, or that the database is missing.
+
+use crate::couch::{CouchError, WriteResult};
+use crate::db::{Shared, listen};
+use crate::job::{DbName, timestamp};
+use crate::topology;
+use serde_json::Value;
+use std::time::SystemTime;
+use tokio::sync::oneshot;
+
+/// Writes that there is work: `dirty` in the `change_listener`, and in the replicators that wait.
+pub async fn make_durable(shared: &Shared, db: &DbName) -> bool {
+    let snapshot = shared.snapshot.borrow().clone();
+    let (done, replicators) = oneshot::channel();
+    let _ = shared.topology.cast(topology::Message::Spill { db: db.clone(), done });
+    let listens = !snapshot.rules_of(db).is_empty();
+    (!listens || mark_dirty(shared, db).await) && replicators.await.is_ok()
+}
+
+async fn mark_dirty(shared: &Shared, db: &DbName) -> bool {
+    let id = listen::document_id(db);
+    // Written even where it says so already: the run under way must not take this for what it started with.
+    let marked = shared.tools.checkpoints.update(&id, |doc| {
+        doc["dirty"] = Value::Bool(true);
+        true
+    });
+    match marked.await {
+        Ok(Some(_)) => true,
+        Ok(None) => {
+            let mut doc = listen::new_document(&id, db);
+            doc.insert(String::from("dirty"), Value::Bool(true));
+            let saved = shared.tools.checkpoints.save(Value::Object(doc)).await;
+            // A conflict means that the run wrote its first position meanwhile; the next spill marks that.
+            matches!(saved, Ok(WriteResult::Saved { .. }))
+        }
+        Err(error) => {
+            tracing::error!(%db, %error, "cannot write that the database has work");
+            false
+        }
+    }
+}
+
+pub enum Missing {
+    /// It could not be written.
+    Unmarked,
+    /// Marked, to be looked at again later.
+    Marked,
+    /// Nothing is left of it.
+    Forgotten,
+}
+
+/// Marks the `change_listener` of a missing database, and deletes it once the database has been missing for long enough.
+pub async fn forget_missing(shared: &Shared, db: &DbName) -> Missing {
+    let id = listen::document_id(db);
+    let now = SystemTime::now();
+    let mut long_gone: Option<String> = None;
+    let marked = shared.tools.checkpoints.update(&id, |doc| {
+        let since = doc["possibly_deleted_at"].as_str().and_then(|text| humantime::parse_rfc3339_weak(text).ok());
+        let Some(since) = since else {
+            doc["possibly_deleted_at"] = Value::from(timestamp(now));
+            doc["dirty"] = Value::Bool(false);
+            return true;
+        };
+        if now.duration_since(since).unwrap_or_default() >= shared.settings.assume_deleted_after {
+            long_gone = doc["_rev"].as_str().map(str::to_string);
+        }
+        false
+    });
+    match marked.await {
+        Ok(None) => return Missing::Forgotten,
+        Ok(Some(_)) => {}
+        Err(error) => {
+            tracing::error!(%db, %error, "cannot mark the database as possibly deleted");
+            return Missing::Unmarked;
+        }
+    }
+    let Some(rev) = long_gone else { return Missing::Marked };
+    match shared.tools.couch.delete_doc(&shared.tools.spiegel_db, &id, &rev).await {
+        Ok(WriteResult::Saved { .. }) | Err(CouchError::NotFound(_)) => Missing::Forgotten,
+        Ok(_) | Err(_) => Missing::Unmarked,
+    }
+}

@@ -1,0 +1,348 @@
+//! One listen: what changed in a database since its rules last looked, delivered, and the position saved.
+//!
+//! The position is saved after each page and confirmed before the next page is delivered, so that a crash repeats one page at
+//! most. The next page is read meanwhile.
+
+use crate::checkpoints::Checkpoints;
+use crate::couch::{Changes, ChangesQuery, Couch, CouchError, Seq, WriteResult};
+use crate::db::Instance;
+use crate::db::deliver::{Addressee, Delivered, RuleFailure, deliver};
+use crate::db::positions::{Positions, RuleId, RuleStart, hold_until};
+use crate::db::rule_health::RuleHealth;
+use crate::job::{DbName, timestamp};
+use crate::rules::rule::{Rule, SinceOverride};
+use crate::schedule::Pool;
+use crate::schedule::backoff::Backoff;
+use crate::vault::Vault;
+use crate::webhook::HttpSender;
+use serde_json::{Map, Value};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+use tokio::sync::Semaphore;
+use tokio_util::task::AbortOnDropHandle;
+
+/// What every listen needs; shared by all databases.
+pub struct Tools {
+    pub couch: Couch,
+    pub spiegel_db: String,
+    pub checkpoints: Checkpoints,
+    pub webhooks: Pool<HttpSender>,
+    pub vault: Arc<Vault>,
+    pub backoff: Backoff,
+    pub batch_size: usize,
+    /// Pages of changes held in memory at once.
+    pub pages: Arc<Semaphore>,
+    pub rule_health: RuleHealth,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    #[error("the database does not exist")]
+    Missing,
+    #[error(transparent)]
+    Couch(#[from] CouchError),
+    #[error("cannot save the position: {0}")]
+    Unsaved(String),
+}
+
+/// The `change_listener` of one database, as it is in CouchDB and as it is now.
+pub struct Listener {
+    id: String,
+    db: DbName,
+    doc: Option<Value>,
+    positions: Positions,
+    rule_revs: BTreeMap<RuleId, String>,
+    instance_start_time: Option<String>,
+    /// A row told that the database was made or deleted, perhaps long ago.
+    is_instance_unsure: bool,
+}
+
+/// The page after the one that is being delivered.
+struct Prefetched {
+    since: Seq,
+    include_docs: bool,
+    page: AbortOnDropHandle<Result<Changes, CouchError>>,
+}
+
+impl Prefetched {
+    fn serves(&self, since: Option<&Seq>, include_docs: bool) -> bool {
+        since == Some(&self.since) && (self.include_docs || !include_docs)
+    }
+
+    async fn page(self) -> Result<Changes, CouchError> {
+        let interrupted = |lost| Err(CouchError::Unreachable(format!("reading ahead was interrupted: {lost}")));
+        self.page.await.unwrap_or_else(interrupted)
+    }
+}
+
+/// A page that takes longer than this to deliver has a slow receiver; others must not wait for its memory.
+const SLOW_PAGE: Duration = Duration::from_secs(1);
+
+pub fn document_id(db: &str) -> String {
+    format!("spiegel_cl_{db}")
+}
+
+impl Listener {
+    pub async fn load(tools: &Tools, db: &DbName, rules: &[Arc<Rule>]) -> Result<Self, ListenError> {
+        let id = document_id(db);
+        let doc = tools.checkpoints.load(id.clone()).await.map_err(|gone| ListenError::Unsaved(gone.to_string()))?;
+        let positions = Positions::load(doc.as_ref(), &starts(rules));
+        let instance = doc.as_ref().and_then(|doc| doc["instance_start_time"].as_str()).map(str::to_string);
+        Ok(Self {
+            id,
+            db: db.clone(),
+            doc,
+            positions,
+            rule_revs: revs(rules),
+            instance_start_time: instance,
+            is_instance_unsure: false,
+        })
+    }
+
+    pub fn positions(&self) -> &Positions {
+        &self.positions
+    }
+
+    /// Its document as it is now; the positions are ours.
+    pub async fn reload(mut self, tools: &Tools) -> Result<Self, ListenError> {
+        let doc = tools.checkpoints.load(self.id.clone()).await;
+        self.doc = doc.map_err(|gone| ListenError::Unsaved(gone.to_string()))?;
+        Ok(self)
+    }
+
+    /// A database that was made again gets new delivery ids.
+    pub fn meet(&mut self, instance: Instance) {
+        match instance {
+            Instance::Unchanged => {}
+            Instance::Unsure => self.is_instance_unsure = true,
+            Instance::Is(instance) => {
+                self.is_instance_unsure = false;
+                let known = self.instance_start_time.replace(instance.to_string());
+                if known.is_some_and(|known| known != *instance) {
+                    self.positions.forget_deliveries();
+                }
+            }
+        }
+    }
+
+    fn sync(&mut self, rules: &[Arc<Rule>]) {
+        self.positions.sync(&starts(rules));
+        for rule in rules {
+            if self.rule_revs.insert(rule.id.clone(), rule.rev.clone()).is_some_and(|rev| rev != rule.rev) {
+                self.positions.lift_hold(&rule.id);
+            }
+        }
+        self.rule_revs.retain(|id, _| rules.iter().any(|rule| rule.id == *id));
+    }
+
+    /// Reads, delivers and saves until everything that was there at the first read is through, or held back.
+    pub async fn listen(&mut self, tools: &Tools, rules: &[Arc<Rule>]) -> Result<(), ListenError> {
+        self.sync(rules);
+        let was_dirty = self.doc.as_ref().is_some_and(|doc| doc["dirty"] != Value::Bool(false));
+        self.positions.begin_run();
+        let mut prefetched: Option<Prefetched> = None;
+        while let Some(index) = self.positions.next_read(SystemTime::now()) {
+            let group = self.positions.group(index);
+            let group_rules: Vec<Arc<Rule>> = rules.iter().filter(|rule| group.rules.contains(&rule.id)).cloned().collect();
+            let include_docs = group_rules.iter().any(|rule| rule.needs_doc());
+            let permit = tools.pages.clone().acquire_owned().await.ok();
+            let page = match prefetched.take() {
+                Some(prefetched) if prefetched.serves(group.since.as_ref(), include_docs) => prefetched.page().await,
+                _ => tools.couch.changes(&self.db, &self.query(index, tools.batch_size, include_docs)).await,
+            };
+            if let (Err(error), Some(since)) = (&page, &self.positions.group(index).since)
+                && error.is_unknown_seq()
+            {
+                tracing::warn!(db = %self.db, since = since.as_query(), "the position is none of this server's, starting from the beginning");
+                self.positions.restart(index);
+                continue;
+            }
+            let page = self.existing(tools, page).await?;
+            for what in &page.malformed {
+                tracing::warn!(db = %self.db, what, "malformed row");
+            }
+            if page.rows.is_empty() && self.was_made_again(tools, index).await? {
+                self.positions.restart(index);
+                continue;
+            }
+            let read_nothing = page.rows.is_empty() && page.malformed.is_empty();
+            let pending = if read_nothing { 0 } else { page.pending.unwrap_or(0) };
+            if pending > 0 && !self.positions.group(index).is_probing() {
+                let query = ChangesQuery { since: Some(page.last_seq.clone()), limit: Some(tools.batch_size), include_docs };
+                let (couch, db) = (tools.couch.clone(), self.db.clone());
+                let reading = tokio::spawn(async move { couch.changes(&db, &query).await });
+                prefetched =
+                    Some(Prefetched { since: page.last_seq.clone(), include_docs, page: AbortOnDropHandle::new(reading) });
+            }
+            let started = Instant::now();
+            let Delivered { page: mut outcome, failures } = self.deliver(tools, index, &group_rules, &page, permit).await?;
+            if started.elapsed() >= SLOW_PAGE {
+                // The receiver is the slow one: a page in memory would only wait for it.
+                prefetched = None;
+            }
+            outcome.malformed = page.malformed.len();
+            outcome.last_seq = Some(page.last_seq);
+            outcome.pending = pending;
+            drop(page.rows);
+            self.page_done(tools, index, outcome, &failures);
+            if self.positions.changed() {
+                self.save(tools, false).await?;
+            }
+        }
+        if was_dirty || self.doc.as_ref().is_some_and(|doc| !doc["possibly_deleted_at"].is_null()) {
+            self.save(tools, was_dirty).await?;
+        }
+        Ok(())
+    }
+
+    fn query(&self, index: usize, limit: usize, include_docs: bool) -> ChangesQuery {
+        ChangesQuery { since: self.positions.group(index).since.clone(), limit: Some(limit), include_docs }
+    }
+
+    /// A 404 may be a node that has not heard of the database yet; `_dbs_info` decides.
+    async fn existing(&self, tools: &Tools, page: Result<Changes, CouchError>) -> Result<Changes, ListenError> {
+        match page {
+            Ok(page) => Ok(page),
+            Err(CouchError::NotFound(reason)) => match tools.couch.dbs_info(&[&self.db]).await?.first() {
+                Some(None) => Err(ListenError::Missing),
+                _ => Err(CouchError::NotFound(reason).into()),
+            },
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Only where seqs are integers, which do not rewind by themselves: an `update_seq` below the position tells of another
+    /// database of the same name.
+    async fn was_made_again(&self, tools: &Tools, index: usize) -> Result<bool, ListenError> {
+        let Some(Seq::Number(since)) = self.positions.group(index).since else { return Ok(false) };
+        if since == 0 {
+            return Ok(false);
+        }
+        let info = tools.couch.db_info(&self.db).await?;
+        Ok(matches!(info.update_seq, Seq::Number(update_seq) if update_seq < since))
+    }
+
+    async fn deliver(
+        &mut self,
+        tools: &Tools,
+        index: usize,
+        rules: &[Arc<Rule>],
+        page: &Changes,
+        permit: Option<tokio::sync::OwnedSemaphorePermit>,
+    ) -> Result<Delivered, ListenError> {
+        if page.rows.is_empty() {
+            return Ok(Delivered::default());
+        }
+        if self.instance_start_time.is_none() || self.is_instance_unsure {
+            let instance = tools.couch.db_info(&self.db).await?.instance_start_time;
+            self.meet(Instance::Is(instance.into()));
+        }
+        let group = self.positions.group(index);
+        let to = Addressee {
+            db: &self.db,
+            instance_start_time: self.instance_start_time.as_deref().unwrap_or_default(),
+            rules,
+            delivered: &group.delivered,
+            probing: group.is_probing(),
+        };
+        let delivering = deliver(&tools.webhooks, &tools.vault, to, &page.rows);
+        tokio::pin!(delivering);
+        match tokio::time::timeout(SLOW_PAGE, &mut delivering).await {
+            Ok(delivered) => Ok(delivered),
+            Err(_) => {
+                drop(permit);
+                Ok(delivering.await)
+            }
+        }
+    }
+
+    fn page_done(
+        &mut self,
+        tools: &Tools,
+        index: usize,
+        outcome: crate::db::positions::PageOutcome,
+        failures: &BTreeMap<RuleId, RuleFailure>,
+    ) {
+        let asked = failures.values().filter_map(|failure| failure.after).max();
+        let now = SystemTime::now();
+        self.positions.page_done(index, outcome, |retries| hold_until(now, tools.backoff.delay(retries, fastrand::f64()), asked));
+        let held = self.positions.held_rules();
+        for rule in self.rule_revs.keys() {
+            match (held.contains(rule), failures.get(rule)) {
+                (true, Some(failure)) => tools.rule_health.failing(rule, &self.db, &failure.error),
+                (true, None) => {}
+                (false, _) => tools.rule_health.healthy(rule, &self.db),
+            }
+        }
+    }
+
+    /// Writes the position; what somebody else wrote into the document meanwhile is kept.
+    async fn save(&mut self, tools: &Tools, mut settles_dirty: bool) -> Result<(), ListenError> {
+        loop {
+            let doc = self.next_doc(settles_dirty);
+            let saved = tools.checkpoints.save(doc.clone()).await;
+            match saved.map_err(|_| ListenError::Unsaved(String::from("the checkpoints are being restarted")))? {
+                WriteResult::Saved { rev } => {
+                    let mut doc = doc;
+                    doc["_rev"] = Value::from(rev);
+                    self.doc = Some(doc);
+                    self.positions.saved();
+                    return Ok(());
+                }
+                WriteResult::Conflict => {
+                    // Somebody wrote since the run started, perhaps that there is more work.
+                    settles_dirty = false;
+                    let current = tools.checkpoints.load(self.id.clone()).await;
+                    self.doc = current.map_err(|gone| ListenError::Unsaved(gone.to_string()))?;
+                }
+                WriteResult::Refused { reason } => return Err(ListenError::Unsaved(reason)),
+            }
+        }
+    }
+
+    fn next_doc(&self, settles_dirty: bool) -> Value {
+        let mut doc = match &self.doc {
+            Some(Value::Object(doc)) => doc.clone(),
+            _ => new_document(&self.id, &self.db),
+        };
+        self.positions.store(&mut doc);
+        doc.insert(String::from("type"), Value::from("change_listener"));
+        doc.insert(String::from("db_name"), Value::from(&*self.db));
+        if settles_dirty || !doc.contains_key("dirty") {
+            doc.insert(String::from("dirty"), Value::Bool(false));
+        }
+        if doc.contains_key("possibly_deleted_at") {
+            doc.insert(String::from("possibly_deleted_at"), Value::Null);
+        }
+        if let Some(instance) = &self.instance_start_time {
+            doc.insert(String::from("instance_start_time"), Value::from(instance.as_str()));
+        }
+        doc.insert(String::from("updated_at"), Value::from(timestamp(SystemTime::now())));
+        Value::Object(doc)
+    }
+}
+
+/// A `change_listener` document without a position.
+pub fn new_document(id: &str, db: &str) -> Map<String, Value> {
+    let mut doc = Map::new();
+    doc.insert(String::from("_id"), Value::from(id));
+    doc.insert(String::from("type"), Value::from("change_listener"));
+    doc.insert(String::from("db_name"), Value::from(db));
+    doc
+}
+
+fn starts(rules: &[Arc<Rule>]) -> Vec<RuleStart> {
+    rules.iter().map(|rule| RuleStart { id: rule.id.clone(), since: rule.since.map(start_of) }).collect()
+}
+
+fn start_of(since: SinceOverride) -> Seq {
+    match since {
+        SinceOverride::Zero => Seq::zero(),
+        SinceOverride::Now => Seq::from("now"),
+    }
+}
+
+fn revs(rules: &[Arc<Rule>]) -> BTreeMap<RuleId, String> {
+    rules.iter().map(|rule| (rule.id.clone(), rule.rev.clone())).collect()
+}

@@ -1,0 +1,566 @@
+//! How far each rule of a database has come, and the `change_listener` document that says so.
+//!
+//! Rules share one position, `last_seq`, as in the original. Where a rule is held back, it splits off at the longest prefix
+//! that was delivered to it and the others go on; `ahead` keeps their positions, valid only while its `from` equals
+//! `last_seq`. Seqs are opaque, so nothing here compares two of them for order: what is known comes from who read what when.
+
+use crate::couch::Seq;
+use crate::job::timestamp;
+use serde_json::{Map, Value, json};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+pub type RuleId = Arc<str>;
+
+/// A rule of this database as far as its position is concerned.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RuleStart {
+    pub id: RuleId,
+    /// The rule's own `since`, which counts once, when the rule first meets this database.
+    pub since: Option<Seq>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Hold {
+    pub until: SystemTime,
+    pub retries: u32,
+}
+
+/// Rules that stand at one position.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Group {
+    pub rules: BTreeSet<RuleId>,
+    /// None: from the beginning.
+    pub since: Option<Seq>,
+    pub hold: Option<Hold>,
+    /// Deliveries beyond `since` that succeeded while one before them failed; they are not repeated while we live.
+    pub delivered: HashSet<u64>,
+    /// The read that last found the end of the feed from here.
+    at_end: Option<u64>,
+    /// The read that put the group here.
+    placed: u64,
+    /// Rows that this run still has to read: the first page and its `pending` of that moment.
+    budget: Option<u64>,
+}
+
+/// What became of one page that was read for one group.
+#[derive(Debug, Default)]
+pub struct PageOutcome {
+    pub row_seqs: Vec<Seq>,
+    pub last_seq: Option<Seq>,
+    /// Rows that could not be read and were passed over.
+    pub malformed: usize,
+    /// Rows after this page.
+    pub pending: u64,
+    /// For each rule that failed, the index of the first row that it did not get.
+    pub failed: BTreeMap<RuleId, usize>,
+    /// A blocking rule failed at this row: nobody of the group got what comes after it.
+    pub blocked_at: Option<usize>,
+    /// Keys of what was delivered at or after the first failure.
+    pub delivered: HashSet<u64>,
+}
+
+#[derive(Debug, Clone)]
+pub struct Positions {
+    base: Option<Seq>,
+    groups: Vec<Group>,
+    reads: u64,
+    /// Reads of this run that only looked whether groups may join.
+    joins: usize,
+    /// Rules with a `since` of their own are always written, so that it counts only once.
+    starts: BTreeMap<RuleId, Seq>,
+    /// Whether what is in CouchDB says the same.
+    changed: bool,
+}
+
+impl Positions {
+    /// From a `change_listener` document, or from nothing where the database has none. Fields of a wrong type count as absent:
+    /// that repeats, it never skips.
+    pub fn load(doc: Option<&Value>, rules: &[RuleStart]) -> Self {
+        let base = doc.and_then(|doc| doc.get("last_seq")).and_then(to_seq);
+        let ahead = doc.and_then(|doc| doc.get("ahead")).filter(|ahead| ahead.is_object());
+        let ahead_is_valid = ahead.is_some_and(|ahead| ahead.get("from").and_then(to_seq) == base);
+        let stored = |rule: &RuleId| ahead?.get("rules")?.get(rule.as_ref()).and_then(to_seq);
+
+        let mut positions = Self { base, groups: Vec::new(), reads: 0, joins: 0, starts: BTreeMap::new(), changed: false };
+        for rule in rules {
+            let since = match (ahead_is_valid, stored(&rule.id)) {
+                (true, Some(seq)) => Some(seq),
+                // Somebody else moved `last_seq`: he had every rule, so `last_seq` holds for this one, too.
+                (false, Some(_)) => positions.base.clone(),
+                (_, None) => rule.since.clone().or_else(|| positions.base.clone()),
+            };
+            positions.place(rule, since);
+        }
+        let due = doc.and_then(|doc| doc.get("dirty_at")).and_then(Value::as_str);
+        if let Some(until) = due.and_then(|text| humantime::parse_rfc3339(text).ok()) {
+            let retries = doc.and_then(|doc| doc.get("retries")).and_then(Value::as_u64).unwrap_or(0);
+            let base = positions.base.clone();
+            for group in positions.groups.iter_mut().filter(|group| group.since == base) {
+                group.hold = Some(Hold { until, retries: u32::try_from(retries).unwrap_or(u32::MAX) });
+            }
+        }
+        positions
+    }
+
+    fn place(&mut self, rule: &RuleStart, since: Option<Seq>) {
+        if let Some(start) = &rule.since {
+            self.starts.insert(rule.id.clone(), start.clone());
+        }
+        match self.groups.iter_mut().find(|group| group.since == since && group.hold.is_none() && group.delivered.is_empty()) {
+            Some(group) => {
+                group.rules.insert(rule.id.clone());
+                group.at_end = None;
+            }
+            None => self.groups.push(Group::at(BTreeSet::from([rule.id.clone()]), since)),
+        }
+    }
+
+    /// Rules came and went: a new one starts at `last_seq` or its own `since`.
+    pub fn sync(&mut self, rules: &[RuleStart]) {
+        let wanted: BTreeSet<&RuleId> = rules.iter().map(|rule| &rule.id).collect();
+        for group in &mut self.groups {
+            group.rules.retain(|rule| wanted.contains(rule));
+        }
+        self.groups.retain(|group| !group.rules.is_empty());
+        self.starts.retain(|rule, _| wanted.contains(rule));
+        let known: BTreeSet<RuleId> = self.groups.iter().flat_map(|group| group.rules.iter().cloned()).collect();
+        for rule in rules.iter().filter(|rule| !known.contains(&rule.id)) {
+            let since = rule.since.clone().or_else(|| self.base.clone());
+            self.place(rule, since);
+        }
+    }
+
+    /// A rule was edited: what held it back may be mended.
+    pub fn lift_hold(&mut self, rule: &RuleId) {
+        for group in self.groups.iter_mut().filter(|group| group.rules.contains(rule)) {
+            group.hold = None;
+        }
+    }
+
+    /// A new run: whoever is not held back reads again, and whoever's time has come tries again.
+    pub fn begin_run(&mut self) {
+        self.joins = 0;
+        for group in &mut self.groups {
+            group.at_end = None;
+            group.budget = None;
+        }
+    }
+
+    /// True where the last run left rows that were written while it ran.
+    pub fn has_more(&self) -> bool {
+        self.groups.iter().any(|group| group.hold.is_none() && group.at_end.is_none() && group.budget == Some(0))
+    }
+
+    /// The group to read next, or None when all that may run have reached the end and stand together.
+    pub fn next_read(&self, now: SystemTime) -> Option<usize> {
+        let ready =
+            || self.groups.iter().enumerate().filter(|(_, group)| group.hold.as_ref().is_none_or(|hold| hold.until <= now));
+        if let Some((index, _)) = ready().find(|(_, group)| group.at_end.is_none() && group.budget != Some(0)) {
+            return Some(index);
+        }
+        if ready().any(|(_, group)| group.at_end.is_none()) {
+            return None;
+        }
+        // All are at the end, but not as of the same moment: the one that read first looks again, to join the others.
+        let mut at_end = ready();
+        match (at_end.next(), at_end.next()) {
+            // On a database that is written without pause they may never meet; the next run tries again.
+            (Some(_), Some(_)) if self.joins < 2 * self.groups.len() => {
+                ready().min_by_key(|(_, group)| group.at_end).map(|(index, _)| index)
+            }
+            _ => None,
+        }
+    }
+
+    pub fn group(&self, index: usize) -> &Group {
+        &self.groups[index]
+    }
+
+    /// The server says that this position is beyond its end: the database was made again, everything is new.
+    pub fn restart(&mut self, index: usize) {
+        let group = &mut self.groups[index];
+        group.since = None;
+        group.delivered.clear();
+        group.at_end = None;
+        self.base = None;
+        self.changed = true;
+    }
+
+    /// Takes in what became of a page. `backoff` is asked for each group that is now held back, with its retries so far.
+    pub fn page_done(&mut self, index: usize, page: PageOutcome, mut backoff: impl FnMut(u32) -> SystemTime) {
+        self.reads += 1;
+        self.joins += usize::from(self.groups[index].at_end.is_some());
+        let alone = self.groups.len() == 1;
+        let retries = self.groups[index].hold.as_ref().map_or(0, |hold| hold.retries);
+        let since = self.groups[index].since.clone();
+        let since_before = |row: usize| if row == 0 { since.clone() } else { page.row_seqs.get(row - 1).cloned() };
+
+        if let Some(blocked_at) = page.blocked_at {
+            let first = page.failed.values().copied().min().unwrap_or(blocked_at).min(blocked_at);
+            let group = &mut self.groups[index];
+            group.since = since_before(first);
+            group.hold = Some(Hold { until: backoff(retries), retries: retries.saturating_add(1) });
+            group.delivered.extend(page.delivered);
+            group.at_end = None;
+            group.placed = self.reads;
+            self.changed = true;
+            if alone {
+                self.base = self.groups[index].since.clone();
+            }
+            return;
+        }
+
+        let mut split = Vec::new();
+        for (rule, first) in &page.failed {
+            self.groups[index].rules.remove(rule);
+            // A rule that got on is failing anew, not still.
+            let retries = if *first == 0 { retries } else { 0 };
+            let mut delivered = page.delivered.clone();
+            delivered.extend(self.groups[index].delivered.iter().copied());
+            split.push(Group {
+                hold: Some(Hold { until: backoff(retries), retries: retries.saturating_add(1) }),
+                delivered,
+                placed: self.reads,
+                ..Group::at(BTreeSet::from([rule.clone()]), since_before(*first))
+            });
+        }
+        self.changed |= !split.is_empty() || !page.row_seqs.is_empty() || page.malformed > 0 || self.groups[index].hold.is_some();
+        if alone && let Some(first) = page.failed.values().copied().min() {
+            // Everyone else of this page is further on, so this is the least of all positions.
+            self.base = since_before(first);
+        }
+        self.advance(index, &page);
+        self.groups.extend(split);
+        self.groups.retain(|group| !group.rules.is_empty());
+        self.rebase();
+    }
+
+    fn advance(&mut self, index: usize, page: &PageOutcome) {
+        let previous_end = self.groups[index].at_end;
+        let group = &mut self.groups[index];
+        let rows = page.row_seqs.len() as u64;
+        group.budget = Some(group.budget.unwrap_or(rows.saturating_add(page.pending)).saturating_sub(rows));
+        let at_end = page.pending == 0;
+        group.hold = None;
+        group.delivered.clear();
+        let starts_now = group.since.as_ref().is_some_and(is_now);
+        let passed_rows = !page.row_seqs.is_empty() || page.malformed > 0 || !at_end;
+        if let Some(last_seq) = &page.last_seq
+            && (passed_rows || starts_now || group.since.is_none())
+        {
+            group.since = Some(last_seq.clone());
+            // "now" means this moment and no later one.
+            self.changed |= starts_now;
+        }
+        group.at_end = at_end.then_some(self.reads);
+        group.placed = self.reads;
+        if !page.row_seqs.is_empty() || !at_end {
+            return;
+        }
+        // No row since its previous end: whoever reached the end after that has seen the same, and this group may take that
+        // position, never the other way round, because a replica that answered late may have shown less.
+        let Some(previous_end) = previous_end else { return };
+        let newest = self.groups.iter().enumerate().filter(|(other, group)| {
+            *other != index && group.hold.is_none() && group.at_end.is_some_and(|read| read > previous_end)
+        });
+        if let Some((other, _)) = newest.max_by_key(|(_, group)| group.at_end) {
+            let rules = std::mem::take(&mut self.groups[index].rules);
+            self.groups[other].rules.extend(rules);
+            self.groups[other].delivered.clear();
+            self.changed = true;
+        }
+    }
+
+    /// `last_seq` must not be ahead of any rule, so it moves only where that is certain.
+    fn rebase(&mut self) {
+        if self.groups.len() == 1 {
+            self.base = self.groups[0].since.clone();
+            return;
+        }
+        let mut behind = self.groups.iter().filter(|group| group.at_end.is_none());
+        if let (Some(last), None) = (behind.next(), behind.next()) {
+            let others_are_ahead = self.groups.iter().all(|group| group.at_end.is_none_or(|read| read >= last.placed));
+            if others_are_ahead {
+                self.base = last.since.clone();
+            }
+        }
+    }
+
+    /// When the next rule that is held back may try again.
+    pub fn due(&self) -> Option<SystemTime> {
+        self.groups.iter().filter_map(|group| group.hold.as_ref()).map(|hold| hold.until).min()
+    }
+
+    pub fn held_rules(&self) -> Vec<RuleId> {
+        self.groups.iter().filter(|group| group.hold.is_some()).flat_map(|group| group.rules.iter().cloned()).collect()
+    }
+
+    /// True while there is something that would be lost, and repeated, by forgetting this and loading it again.
+    pub fn remembers_deliveries(&self) -> bool {
+        self.groups.iter().any(|group| !group.delivered.is_empty())
+    }
+
+    /// The database was made again: what was delivered was another one's.
+    pub fn forget_deliveries(&mut self) {
+        for group in &mut self.groups {
+            group.delivered.clear();
+        }
+    }
+
+    pub fn changed(&self) -> bool {
+        self.changed
+    }
+
+    pub fn saved(&mut self) {
+        self.changed = false;
+    }
+
+    /// Writes the fields that are ours into a `change_listener` document.
+    pub fn store(&self, doc: &mut Map<String, Value>) {
+        doc.insert(String::from("last_seq"), from_seq(self.base.as_ref()));
+        let mut rules = Map::new();
+        for group in &self.groups {
+            for rule in &group.rules {
+                if group.since != self.base || self.starts.contains_key(rule) {
+                    rules.insert(rule.to_string(), from_seq(group.since.as_ref()));
+                }
+            }
+        }
+        match rules.is_empty() {
+            true => drop(doc.remove("ahead")),
+            false => drop(doc.insert(String::from("ahead"), json!({ "from": from_seq(self.base.as_ref()), "rules": rules }))),
+        }
+        let retries = self.groups.iter().filter_map(|group| group.hold.as_ref()).map(|hold| hold.retries).max();
+        match (self.due(), retries) {
+            (Some(due), Some(retries)) => {
+                doc.insert(String::from("dirty_at"), Value::from(timestamp(due)));
+                doc.insert(String::from("retries"), Value::from(retries));
+            }
+            _ => {
+                for field in ["dirty_at", "retries"] {
+                    if doc.contains_key(field) {
+                        doc.insert(String::from(field), Value::Null);
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl Group {
+    fn at(rules: BTreeSet<RuleId>, since: Option<Seq>) -> Self {
+        Self { rules, since, hold: None, delivered: HashSet::new(), at_end: None, placed: 0, budget: None }
+    }
+
+    pub fn is_probing(&self) -> bool {
+        self.hold.as_ref().is_some_and(|hold| hold.retries > 0)
+    }
+}
+
+fn is_now(seq: &Seq) -> bool {
+    matches!(seq, Seq::Text(text) if text.as_ref() == "now")
+}
+
+fn to_seq(value: &Value) -> Option<Seq> {
+    match value {
+        Value::Number(number) => number.as_u64().map(Seq::Number),
+        Value::String(text) => Some(Seq::from(text.as_str())),
+        // BigCouch's seqs were arrays; their JSON text is what `since` takes.
+        Value::Array(_) => Some(Seq::from(value.to_string().as_str())),
+        _ => None,
+    }
+}
+
+fn from_seq(seq: Option<&Seq>) -> Value {
+    match seq {
+        None => Value::Null,
+        Some(Seq::Number(number)) => Value::from(*number),
+        Some(Seq::Text(text)) => Value::from(text.as_ref()),
+    }
+}
+
+/// How long to wait before a rule that failed `retries` times before is tried again.
+pub fn hold_until(now: SystemTime, delay: Duration, asked: Option<Duration>) -> SystemTime {
+    now + delay.max(asked.unwrap_or_default())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests {
+    use super::*;
+
+    fn rule(id: &str) -> RuleStart {
+        RuleStart { id: id.into(), since: None }
+    }
+
+    fn page(seqs: &[&str], at_end: bool) -> PageOutcome {
+        PageOutcome {
+            row_seqs: seqs.iter().map(|seq| Seq::from(*seq)).collect(),
+            last_seq: Some(Seq::from(*seqs.last().unwrap_or(&"end"))),
+            pending: u64::from(!at_end),
+            ..PageOutcome::default()
+        }
+    }
+
+    fn failing(mut page: PageOutcome, rule: &str, row: usize) -> PageOutcome {
+        page.failed.insert(rule.into(), row);
+        page
+    }
+
+    const LATER: fn(u32) -> SystemTime = |_| SystemTime::UNIX_EPOCH + Duration::from_secs(4_000_000_000);
+
+    fn stored(positions: &Positions) -> Value {
+        let mut doc = Map::new();
+        positions.store(&mut doc);
+        Value::Object(doc)
+    }
+
+    #[test]
+    fn rules_share_one_position() {
+        let mut positions = Positions::load(None, &[rule("a"), rule("b")]);
+        positions.begin_run();
+        let now = SystemTime::now();
+        assert_eq!(positions.next_read(now), Some(0));
+        positions.page_done(0, page(&["1", "2"], true), LATER);
+        assert_eq!(positions.next_read(now), None);
+        assert_eq!(stored(&positions), json!({ "last_seq": "2" }));
+    }
+
+    #[test]
+    fn a_rule_that_fails_is_held_at_its_prefix_and_the_others_go_on() {
+        let mut positions = Positions::load(Some(&json!({ "last_seq": "0" })), &[rule("dead"), rule("live")]);
+        positions.begin_run();
+        positions.page_done(0, failing(page(&["1", "2", "3"], true), "dead", 1), LATER);
+        let doc = stored(&positions);
+        assert_eq!(doc["last_seq"], "1");
+        assert_eq!(doc["ahead"], json!({ "from": "1", "rules": { "live": "3" } }));
+        assert_eq!(doc["retries"], 1);
+        assert_eq!(positions.held_rules(), ["dead".into()]);
+
+        let again = Positions::load(Some(&doc), &[rule("dead"), rule("live")]);
+        let live = again.groups.iter().find(|group| group.rules.contains("live")).unwrap();
+        assert_eq!(live.since, Some(Seq::from("3")));
+        assert!(live.hold.is_none());
+        let dead = again.groups.iter().find(|group| group.rules.contains("dead")).unwrap();
+        assert_eq!((dead.since.clone(), dead.hold.is_some()), (Some(Seq::from("1")), true));
+    }
+
+    #[test]
+    fn a_stale_ahead_falls_back_to_last_seq() {
+        let doc = json!({ "last_seq": "7", "ahead": { "from": "1", "rules": { "live": "3" } } });
+        let positions = Positions::load(Some(&doc), &[rule("live")]);
+        assert_eq!(positions.group(0).since, Some(Seq::from("7")));
+    }
+
+    #[test]
+    fn a_rule_that_recovers_joins_the_others_again() {
+        let mut positions = Positions::load(Some(&json!({ "last_seq": "0" })), &[rule("dead"), rule("live")]);
+        positions.begin_run();
+        positions.page_done(0, failing(page(&["1", "2"], true), "dead", 0), |_| SystemTime::UNIX_EPOCH);
+        let now = SystemTime::now();
+        positions.begin_run();
+        for _ in 0..6 {
+            let Some(index) = positions.next_read(now) else { break };
+            let outcome =
+                if positions.group(index).since == Some(Seq::from("0")) { page(&["1'", "2'"], true) } else { page(&[], true) };
+            positions.page_done(index, outcome, LATER);
+        }
+        assert_eq!(positions.groups.len(), 1, "{positions:?}");
+        assert_eq!(positions.next_read(now), None);
+        let doc = stored(&positions);
+        assert!(doc.get("ahead").is_none(), "{doc}");
+        assert_ne!(doc["last_seq"], "0");
+    }
+
+    #[test]
+    fn a_blocking_rule_holds_everyone() {
+        let mut positions = Positions::load(None, &[rule("a"), rule("b")]);
+        positions.begin_run();
+        let outcome = PageOutcome { blocked_at: Some(1), ..page(&["1", "2", "3"], false) };
+        positions.page_done(0, outcome, LATER);
+        assert_eq!(positions.groups.len(), 1);
+        assert_eq!(stored(&positions)["last_seq"], "1");
+        assert_eq!(positions.next_read(SystemTime::now()), None);
+    }
+
+    #[test]
+    fn last_seq_never_passes_a_rule_that_is_held_in_the_middle() {
+        let now = SystemTime::now();
+        let mut positions = Positions::load(Some(&json!({ "last_seq": "0" })), &[rule("a"), rule("b"), rule("c")]);
+        positions.begin_run();
+        // b stops behind a; c goes on to the end.
+        let outcome = failing(failing(page(&["1", "2", "3", "4"], true), "a", 1), "b", 3);
+        positions.page_done(0, outcome, |_| SystemTime::UNIX_EPOCH);
+        assert_eq!(stored(&positions)["last_seq"], "1");
+        // a comes back and reads on, past b perhaps: nobody can tell, so last_seq stays.
+        positions.begin_run();
+        let a = positions.groups.iter().position(|group| group.rules.contains("a")).unwrap();
+        positions.page_done(a, page(&["2'"], false), LATER);
+        assert_eq!(stored(&positions)["last_seq"], "1");
+        assert!(positions.next_read(now).is_some());
+    }
+
+    #[test]
+    fn a_new_rule_starts_at_last_seq_or_at_its_own_since_once() {
+        let mut positions = Positions::load(Some(&json!({ "last_seq": "5" })), &[rule("old")]);
+        let zero = RuleStart { id: "zero".into(), since: Some(Seq::zero()) };
+        positions.sync(&[rule("old"), rule("new"), zero.clone()]);
+        assert_eq!(positions.group(0).rules.len(), 2);
+        let doc = stored(&positions);
+        assert_eq!(doc["ahead"]["rules"], json!({ "zero": 0 }));
+
+        positions.begin_run();
+        while let Some(index) = positions.next_read(SystemTime::now()) {
+            positions.page_done(index, page(&[], true), LATER);
+        }
+        let doc = stored(&positions);
+        let again = Positions::load(Some(&doc), &[rule("old"), rule("new"), zero]);
+        assert_eq!(again.groups.len(), 1, "its since counts only once: {doc}");
+    }
+
+    #[test]
+    fn since_now_is_the_moment_of_the_first_read() {
+        let now = RuleStart { id: "n".into(), since: Some(Seq::from("now")) };
+        let mut positions = Positions::load(None, std::slice::from_ref(&now));
+        positions.begin_run();
+        positions.page_done(0, PageOutcome { last_seq: Some(Seq::from("7")), ..PageOutcome::default() }, LATER);
+        assert!(positions.changed(), "a restart must not skip what comes after this");
+        let doc = stored(&positions);
+        assert_eq!(doc["ahead"]["rules"]["n"], "7");
+        assert_eq!(Positions::load(Some(&doc), &[now]).group(0).since, Some(Seq::from("7")));
+    }
+
+    #[test]
+    fn groups_that_cannot_meet_do_not_hold_the_run() {
+        let mut positions = Positions::load(Some(&json!({ "last_seq": "0" })), &[rule("dead"), rule("live")]);
+        positions.begin_run();
+        positions.page_done(0, failing(page(&["1", "2"], true), "dead", 0), |_| SystemTime::UNIX_EPOCH);
+        positions.begin_run();
+        let mut reads = 0;
+        while let Some(index) = positions.next_read(SystemTime::now()) {
+            reads += 1;
+            assert!(reads < 20, "every read finds a new row, and the run never ends");
+            positions.page_done(index, page(&["n"], true), LATER);
+        }
+    }
+
+    #[test]
+    fn wrong_types_count_as_absent() {
+        for doc in
+            [json!({ "last_seq": {} }), json!({ "last_seq": null, "ahead": 7 }), json!({ "ahead": { "rules": [] } }), json!([])]
+        {
+            let positions = Positions::load(Some(&doc), &[rule("a")]);
+            assert_eq!(positions.group(0).since, None, "{doc}");
+        }
+    }
+
+    #[test]
+    fn nothing_new_is_not_written() {
+        let mut positions = Positions::load(Some(&json!({ "last_seq": "5" })), &[rule("a")]);
+        positions.begin_run();
+        positions.page_done(0, page(&[], true), LATER);
+        assert!(!positions.changed());
+    }
+}

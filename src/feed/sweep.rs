@@ -1,0 +1,253 @@
+//! The sweep finds what the feed lost.
+//!
+//! `_global_changes` loses rows by construction. The sweep compares a fingerprint of each watched database with the one that it
+//! read before work which has since been confirmed. Equal means nothing to do; different or unknown means a hint, and the run
+//! that follows asks `_changes`. The numbers can look unchanged right after a write, and differ by replica, so equality is
+//! only a saving and every 24th sweep hints every database.
+
+use crate::couch::docs::DbInfo;
+use crate::couch::{Couch, CouchError, Seq};
+use crate::db::{Instance, directory};
+use crate::feed::cursor::Ledger;
+use crate::job::DbName;
+use crate::rules::catalogue::Snapshot;
+use crate::rules::rule::Rule;
+use crate::telemetry::Metrics;
+use crate::topology;
+use ractor::ActorRef;
+use std::collections::{HashMap, HashSet};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::sync::{Notify, watch};
+
+/// What to look at.
+#[derive(Debug, Clone)]
+pub enum Scope {
+    All,
+    /// Databases of rules that are new or were edited; their databases are hinted whatever their fingerprints say.
+    Rules(Vec<Arc<Rule>>),
+}
+
+/// What is to be swept. It outlives the sweeper: what was asked for and not finished is asked for still.
+#[derive(Default)]
+pub struct Queue {
+    wanted: Mutex<Wanted>,
+    asked: Notify,
+}
+
+#[derive(Debug, Default, Clone)]
+struct Wanted {
+    all: bool,
+    rules: Vec<Arc<Rule>>,
+    /// How often all was asked for: what is asked for during a sweep is not done by it.
+    asks: u64,
+}
+
+impl Queue {
+    pub fn ask(&self, scope: Scope) {
+        {
+            let mut wanted = self.wanted();
+            match scope {
+                Scope::All => {
+                    wanted.all = true;
+                    wanted.asks += 1;
+                }
+                Scope::Rules(rules) => {
+                    // One that was edited again is one rule.
+                    wanted.rules.retain(|known| !rules.iter().any(|rule| rule.id == known.id));
+                    wanted.rules.extend(rules);
+                }
+            }
+        }
+        self.asked.notify_one();
+    }
+
+    pub fn is_empty(&self) -> bool {
+        let wanted = self.wanted();
+        !wanted.all && wanted.rules.is_empty()
+    }
+
+    /// The next sweep, and the number to hand in when it is done. A full sweep trusts fingerprints, one for rules does not, so
+    /// neither stands in for the other.
+    pub async fn next(&self) -> (Scope, u64) {
+        loop {
+            {
+                let wanted = self.wanted();
+                // Rules first: they are edited seldom, and must not wait behind full sweeps that are asked for again and again.
+                if !wanted.rules.is_empty() {
+                    return (Scope::Rules(wanted.rules.clone()), wanted.asks);
+                }
+                if wanted.all {
+                    return (Scope::All, wanted.asks);
+                }
+            }
+            self.asked.notified().await;
+        }
+    }
+
+    pub fn done(&self, scope: &Scope, asks: u64) {
+        let mut wanted = self.wanted();
+        match scope {
+            Scope::All => wanted.all = wanted.asks != asks,
+            Scope::Rules(swept) => {
+                wanted.rules.retain(|rule| !swept.iter().any(|other| other.id == rule.id && other.rev == rule.rev));
+            }
+        }
+    }
+
+    fn wanted(&self) -> MutexGuard<'_, Wanted> {
+        self.wanted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+pub struct Sweeper {
+    pub couch: Couch,
+    pub ledger: Arc<Ledger>,
+    pub snapshot: watch::Receiver<Arc<Snapshot>>,
+    pub directory: ActorRef<directory::Message>,
+    pub topology: ActorRef<topology::Message>,
+    pub metrics: Arc<Metrics>,
+    pub pending_databases_max: usize,
+    /// Of databases that replicators write to: when one was made again, what was in it is gone.
+    pub targets: HashMap<DbName, u64>,
+    pub sweeps: u64,
+}
+
+const NAMES_PAGE: usize = 1000;
+/// `_dbs_info` takes at most 100 keys by default (`[chttpd] max_db_number_for_dbs_info_req`).
+const INFO_KEYS: usize = 100;
+/// Two such requests a second keep a sweep of 100,000 databases below a tenth of what CouchDB can do.
+const INFO_EVERY: Duration = Duration::from_millis(500);
+/// One sweep in so many does not trust fingerprints.
+const ASK_ALL_EVERY: u64 = 24;
+
+impl Sweeper {
+    /// Returns how many databases were hinted.
+    pub async fn sweep(&mut self, scope: &Scope) -> Result<usize, CouchError> {
+        let snapshot = self.snapshot.borrow().clone();
+        let ask_all = match scope {
+            Scope::All => {
+                self.sweeps += 1;
+                self.sweeps.is_multiple_of(ASK_ALL_EVERY)
+            }
+            Scope::Rules(_) => true,
+        };
+        let in_scope = |name: &str| match scope {
+            Scope::All => snapshot.watches(name) || !snapshot.replicators_to(name).is_empty(),
+            Scope::Rules(rules) => snapshot.watches(name) && rules.iter().any(|rule| rule.pattern.may_match(name)),
+        };
+        let mut found = 0;
+        let mut seen: HashSet<String> = HashSet::new();
+        let mut from: Option<String> = None;
+        let mut seen_pages: HashSet<String> = HashSet::new();
+        let mut pace = tokio::time::interval(INFO_EVERY);
+        pace.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            let page = self.couch.all_dbs(from.as_deref(), NAMES_PAGE).await?;
+            // The page starts with the name that the one before ended with.
+            let names: Vec<&str> = page.iter().map(String::as_str).filter(|name| Some(*name) != from.as_deref()).collect();
+            let wanted: Vec<&str> = names.iter().copied().filter(|name| in_scope(name)).collect();
+            for keys in wanted.chunks(INFO_KEYS) {
+                pace.tick().await;
+                let infos = self.couch.dbs_info(keys).await?;
+                for (name, info) in keys.iter().zip(infos) {
+                    seen.insert((*name).to_string());
+                    found += usize::from(self.look(&snapshot, name, info, ask_all).await);
+                }
+            }
+            // A server that does not page (PouchDB's) sends all at once, again and again.
+            match names.last() {
+                Some(last) if page.len() <= NAMES_PAGE && !seen_pages.contains(*last) => {
+                    seen_pages.insert((*last).to_string());
+                    from = Some((*last).to_string());
+                }
+                _ => break,
+            }
+        }
+        if matches!(scope, Scope::All) {
+            self.ledger.cursor().retain_fingerprints(|db| seen.contains(db));
+            self.targets.retain(|db, _| !snapshot.replicators_to(db).is_empty());
+        }
+        self.metrics.sweeps.inc();
+        self.metrics.sweep_found.inc_by(found as u64);
+        Ok(found)
+    }
+
+    async fn look(&mut self, snapshot: &Snapshot, name: &str, info: Option<DbInfo>, ask_all: bool) -> bool {
+        self.metrics.sweep_databases.inc();
+        let db: DbName = name.into();
+        let Some(info) = info else {
+            // Deleted a moment ago; or CouchDB could not look just now, which it tells in the same words.
+            self.ledger.cursor().forget_fingerprint(name);
+            if snapshot.watches(name) {
+                self.ledger.room(self.pending_databases_max).await;
+                self.ledger.cursor().owe(&db, None, Instant::now());
+                let _ = self.directory.cast(directory::Message::Hint { db, instance: Instance::Unsure });
+            }
+            return false;
+        };
+        if !snapshot.replicators_to(name).is_empty() {
+            self.meet_target(&db, &info);
+        }
+        if !snapshot.watches(name) {
+            return false;
+        }
+        let fingerprint = fingerprint(&info);
+        let is_known = self.ledger.cursor().confirmed_fingerprint(name) == Some(fingerprint);
+        if is_known && !ask_all {
+            return false;
+        }
+        self.ledger.room(self.pending_databases_max).await;
+        self.ledger.cursor().owe(&db, Some(fingerprint), Instant::now());
+        let instance = Instance::Is(info.instance_start_time.into());
+        let _ = self.directory.cast(directory::Message::Hint { db, instance });
+        true
+    }
+
+    /// A target that was made again lost what was replicated into it.
+    pub fn meet_target(&mut self, db: &DbName, info: &DbInfo) {
+        let instance = hash_of(&info.instance_start_time);
+        if self.targets.insert(db.clone(), instance).is_some_and(|known| known != instance) {
+            let _ = self.topology.cast(topology::Message::TargetMade { db: db.clone() });
+        }
+    }
+}
+
+/// Equal where nothing seems to have changed. The text of `update_seq` differs from request to request; only the number
+/// before its dash says something.
+pub fn fingerprint(info: &DbInfo) -> u64 {
+    let number = match &info.update_seq {
+        Seq::Number(number) => number.to_string(),
+        Seq::Text(text) => text.split('-').next().unwrap_or_default().to_string(),
+    };
+    hash_of(&(&info.instance_start_time, number, info.doc_count, info.doc_del_count))
+}
+
+fn hash_of(value: &impl Hash) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    value.hash(&mut hasher);
+    hasher.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fingerprint_sees_what_matters_and_no_more() {
+        let info = |seq: &str, docs, deleted, instance: &str| DbInfo {
+            update_seq: Seq::from(seq),
+            doc_count: docs,
+            doc_del_count: deleted,
+            instance_start_time: instance.to_string(),
+        };
+        let base = fingerprint(&info("7-abc", 3, 1, "100"));
+        assert_eq!(base, fingerprint(&info("7-xyz", 3, 1, "100")), "the text after the dash is another each time");
+        for other in
+            [info("8-abc", 3, 1, "100"), info("7-abc", 4, 1, "100"), info("7-abc", 3, 2, "100"), info("7-abc", 3, 1, "200")]
+        {
+            assert_ne!(base, fingerprint(&other), "{other:?}");
+        }
+    }
+}

@@ -1,0 +1,291 @@
+//! Brings one database up to date with another: one run of one replicator. `schedule` says when, and how often.
+//!
+//! An `Engine` makes the run; whichever it is, a run is bounded in time, keeps its own checkpoint, and may be repeated at any
+//! time without harm. Two runs of one replicator never overlap, and while one is under way at most one more waits.
+
+pub mod couchdb;
+
+pub use couchdb::CouchEngine;
+
+use crate::config::ReplicationSettings;
+use crate::job::Verdict;
+use crate::schedule::{Backoff, Dispatcher, DispatcherSettings, Failure, Perform, Spec, Worker};
+use crate::telemetry::{Metrics, OutcomeLabels};
+use futures_util::future::BoxFuture;
+use std::fmt;
+use std::hash::{BuildHasher, RandomState};
+use std::sync::{Arc, LazyLock};
+use std::time::Duration;
+use tokio::time::Instant;
+
+pub type ReplicatorPool = Dispatcher<Replicator>;
+pub type ReplicatorActor = Worker<Replicator>;
+
+/// A failed run has usually lasted seconds: one more try for a hiccup, and then the replicator's own, durable backoff.
+const FAST_RETRIES: u32 = 1;
+const RETRY_BASE: Duration = Duration::from_secs(1);
+const RETRY_CAP: Duration = Duration::from_secs(10);
+
+/// One run that is owed, as `schedule` sees it.
+#[derive(Clone)]
+pub struct Replication {
+    /// The replicator document's `_id`.
+    pub replicator_id: Arc<str>,
+    /// For `_replicate`, with passwords.
+    pub params: serde_json::Value,
+    /// Without passwords, for logs.
+    pub source: String,
+    /// Without passwords, for logs.
+    pub target: String,
+    pub lane: Arc<str>,
+}
+
+/// Leaves out `params`: they carry passwords, in URLs and in headers.
+impl fmt::Debug for Replication {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { replicator_id, params: _, source, target, lane } = self;
+        f.debug_struct("Replication")
+            .field("replicator_id", replicator_id)
+            .field("source", source)
+            .field("target", target)
+            .field("lane", lane)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Replication {
+    /// Keyed for each process, so that no choice of ids makes two replicators collide on purpose.
+    fn key(&self) -> u64 {
+        static HASHER: LazyLock<RandomState> = LazyLock::new(RandomState::new);
+        HASHER.hash_one(&self.replicator_id)
+    }
+}
+
+impl Spec for Replication {
+    fn lane(&self) -> &str {
+        &self.lane
+    }
+
+    fn order_key(&self) -> u64 {
+        self.key()
+    }
+
+    /// A run brings over everything that there is when it starts, so one that has not started stands for all.
+    fn coalesce_key(&self) -> Option<u64> {
+        Some(self.key())
+    }
+}
+
+/// What a run did.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Report {
+    pub docs_read: u64,
+    pub docs_written: u64,
+    /// Documents that the target refused: the run is done all the same, and the next one does not try them again.
+    pub doc_write_failures: u64,
+    pub no_changes: bool,
+}
+
+/// Why a run failed. No text holds a password.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ReplicateError {
+    #[error("source or target is missing: {which}")]
+    Missing { which: String },
+    #[error("source or target refused the credentials: {0}")]
+    Unauthorized(String),
+    #[error("source or target does not answer: {0}")]
+    Unreachable(String),
+    #[error("replication failed: {error}")]
+    Other { error: String, verdict: Verdict },
+}
+
+impl ReplicateError {
+    pub fn verdict(&self) -> Verdict {
+        match self {
+            ReplicateError::Missing { .. } | ReplicateError::Unauthorized(_) => Verdict::GiveUp,
+            ReplicateError::Unreachable(_) => Verdict::Retry { after: None },
+            ReplicateError::Other { verdict, .. } => verdict.clone(),
+        }
+    }
+
+    /// For the metric.
+    fn outcome(&self) -> &'static str {
+        match self {
+            ReplicateError::Missing { .. } => "missing",
+            ReplicateError::Unauthorized(_) => "unauthorized",
+            ReplicateError::Unreachable(_) => "unreachable",
+            ReplicateError::Other { .. } => "failed",
+        }
+    }
+}
+
+impl From<ReplicateError> for Failure {
+    fn from(error: ReplicateError) -> Self {
+        match &error {
+            ReplicateError::Missing { .. } => Failure::missing(error.to_string()),
+            _ => Failure::new(error.to_string(), error.verdict()),
+        }
+    }
+}
+
+/// Who makes the run. It must end by itself, within a bounded time.
+pub trait Engine: Send + Sync {
+    fn run(&self, spec: Arc<Replication>) -> BoxFuture<'static, Result<Report, ReplicateError>>;
+}
+
+impl From<&ReplicationSettings> for DispatcherSettings {
+    fn from(settings: &ReplicationSettings) -> Self {
+        Self {
+            workers_max: settings.concurrency,
+            concurrency_per_lane: settings.concurrency_per_host,
+            per_second_per_lane: settings.per_second_per_host,
+            fast_retries: FAST_RETRIES,
+            backoff: Backoff::new(RETRY_BASE, RETRY_CAP),
+        }
+    }
+}
+
+pub struct Replicator {
+    engine: Arc<dyn Engine>,
+    metrics: Arc<Metrics>,
+}
+
+impl Replicator {
+    pub fn new(engine: Arc<dyn Engine>, metrics: Arc<Metrics>) -> Self {
+        Self { engine, metrics }
+    }
+}
+
+impl Perform for Replicator {
+    type Spec = Replication;
+
+    fn perform(&self, spec: Arc<Replication>) -> BoxFuture<'static, Result<(), Failure>> {
+        let (run, metrics) = (self.engine.run(spec.clone()), self.metrics.clone());
+        Box::pin(async move {
+            let started = Instant::now();
+            let result = run.await;
+            metrics.replication_duration_seconds.observe(started.elapsed().as_secs_f64());
+            let outcome = result.as_ref().map_or_else(ReplicateError::outcome, outcome_of);
+            metrics.replications.get_or_create(&OutcomeLabels { outcome }).inc();
+            let Report { docs_read, docs_written, doc_write_failures, .. } = result?;
+            let Replication { replicator_id, source, target, .. } = &*spec;
+            tracing::debug!(%replicator_id, source, target, docs_read, docs_written, doc_write_failures, outcome, "replicated");
+            Ok(())
+        })
+    }
+
+    fn pool(&self) -> &'static str {
+        "replicator"
+    }
+
+    fn level(&self, queued: usize, in_flight: usize) {
+        self.metrics.replications_queued.set(queued as i64);
+        self.metrics.replications_running.set(in_flight as i64);
+    }
+}
+
+fn outcome_of(report: &Report) -> &'static str {
+    match report {
+        Report { no_changes: true, .. } => "no_changes",
+        Report { doc_write_failures: 1.., .. } => "done_with_refused_documents",
+        Report { .. } => "done",
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests {
+    use super::*;
+    use crate::job::Outcome;
+    use crate::schedule::{DispatcherArguments, DispatcherMsg};
+    use ractor::{Actor, ActorRef};
+    use std::sync::Mutex;
+    use tokio::sync::oneshot;
+
+    fn replication(id: &str) -> Replication {
+        Replication {
+            replicator_id: id.into(),
+            params: serde_json::json!({ "source": "http://user:hush@host/a", "target": "http://host/b" }),
+            source: String::from("http://user@host/a"),
+            target: String::from("http://host/b"),
+            lane: "host".into(),
+        }
+    }
+
+    /// Takes a second for a run, and answers what it was told; then that there was nothing to do.
+    struct Told(Mutex<Vec<Result<Report, ReplicateError>>>);
+
+    impl Engine for Told {
+        fn run(&self, _: Arc<Replication>) -> BoxFuture<'static, Result<Report, ReplicateError>> {
+            let answer = self.0.lock().expect("no panic under the lock").pop();
+            Box::pin(async move {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                answer.unwrap_or(Ok(Report { no_changes: true, ..Report::default() }))
+            })
+        }
+    }
+
+    async fn pool(answers: Vec<Result<Report, ReplicateError>>) -> (ActorRef<DispatcherMsg<Replication>>, Arc<Metrics>) {
+        let metrics = Metrics::new();
+        let answers = answers.into_iter().rev().collect();
+        let perform = Arc::new(Replicator::new(Arc::new(Told(Mutex::new(answers))), metrics.clone()));
+        let (concurrency, concurrency_per_host, timeout) = (4, 4, Duration::from_secs(60));
+        let settings = ReplicationSettings { concurrency, concurrency_per_host, per_second_per_host: None, timeout };
+        let arguments = DispatcherArguments { perform, settings: (&settings).into() };
+        (Actor::spawn(None, ReplicatorPool::new(), arguments).await.expect("the pool starts").0, metrics)
+    }
+
+    fn submit(pool: &ActorRef<DispatcherMsg<Replication>>, id: &str) -> oneshot::Receiver<Outcome> {
+        let (waiter, outcome) = oneshot::channel();
+        pool.cast(DispatcherMsg::Submit(vec![(Arc::new(replication(id)), waiter)])).expect("the pool lives");
+        outcome
+    }
+
+    #[test]
+    fn a_replication_prints_no_password() {
+        assert!(!format!("{:?}", replication("a")).contains("hush"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn while_a_replicator_runs_exactly_one_more_run_waits() {
+        let (pool, metrics) = pool(vec![]).await;
+        let first = submit(&pool, "a");
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let more: Vec<_> = (0..10).map(|_| submit(&pool, "a")).collect();
+        let other = submit(&pool, "b");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert_eq!((metrics.replications_running.get(), metrics.replications_queued.get()), (2, 1));
+        for outcome in [first, other].into_iter().chain(more) {
+            assert_eq!(outcome.await, Ok(Outcome::Done));
+        }
+        assert_eq!(metrics.replications.get_or_create(&OutcomeLabels { outcome: "no_changes" }).get(), 3);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_waiter_can_tell_missing_from_failed() {
+        let missing = ReplicateError::Missing { which: String::from("could not open http://host/a/") };
+        let (pool, _) = pool(vec![
+            Err(missing),
+            Err(ReplicateError::Unauthorized(String::from("wrong password"))),
+            Err(ReplicateError::Unreachable(String::from("no such host"))),
+            Err(ReplicateError::Unreachable(String::from("no such host"))),
+        ])
+        .await;
+        let Ok(Outcome::Missing { error }) = submit(&pool, "a").await else { panic!("missing") };
+        assert_eq!(error, "source or target is missing: could not open http://host/a/");
+        let Ok(Outcome::Failed { error, .. }) = submit(&pool, "a").await else { panic!("failed at once") };
+        assert_eq!(error, "source or target refused the credentials: wrong password");
+        let Ok(Outcome::Failed { error, .. }) = submit(&pool, "a").await else { panic!("failed after a retry") };
+        assert_eq!(error, "source or target does not answer: no such host");
+        assert_eq!(submit(&pool, "a").await, Ok(Outcome::Done));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn refused_documents_are_no_failed_run() {
+        let (pool, metrics) =
+            pool(vec![Ok(Report { docs_read: 2, docs_written: 1, doc_write_failures: 1, no_changes: false })]).await;
+        assert_eq!(submit(&pool, "a").await, Ok(Outcome::Done));
+        let outcome = "done_with_refused_documents";
+        assert_eq!(metrics.replications.get_or_create(&OutcomeLabels { outcome }).get(), 1);
+    }
+}

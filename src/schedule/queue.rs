@@ -1,0 +1,939 @@
+//! Which job runs next: the pure core of a dispatcher.
+//!
+//! A job goes through three gates, in this order.
+//!
+//! 1. **Chains.** Jobs with one key never overlap and never reorder: each key has a chain, and only a job that is the head of all
+//!    its chains may run. It stays the head until it is settled, through its retries too.
+//! 2. **Lanes**, one for each host. A lane is first in, first out over the jobs that passed the chains, and has its own limits, so
+//!    that a slow or limited host waits alone. Lanes take turns.
+//! 3. **Workers.** No more jobs run than there are workers.
+//!
+//! Jobs with one coalescing key are folded into the one that is not yet sent; its key is a chain as well, so that exactly one
+//! more waits while one is in flight. A folded job stands in the chains of all the jobs that it carries.
+//!
+//! A job only ever waits for jobs with a lower id (`fold_target` refuses a fold that would break this), so the chains cannot
+//! deadlock.
+//!
+//! The queue has no bound of its own: whoever submits waits for the outcome, and bounds how much it has outstanding.
+
+use super::limits::{LaneLimits, Limits};
+use crate::job::Outcome;
+use std::cmp::Reverse;
+use std::collections::hash_map::Entry as Slot;
+use std::collections::{BinaryHeap, HashMap, VecDeque};
+use std::sync::Arc;
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+
+/// What the queue must know of a job.
+pub trait Spec: Send + Sync + 'static {
+    /// The host that it goes to.
+    fn lane(&self) -> &str;
+    /// Jobs with equal keys never overlap and run in the order in which they were submitted.
+    fn order_key(&self) -> u64;
+    /// Jobs with equal keys ask for the same thing: one of them, not yet sent, stands for all.
+    fn coalesce_key(&self) -> Option<u64>;
+}
+
+pub type Waiter = oneshot::Sender<Outcome>;
+
+/// Ascends in the order of submission.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct EntryId(u64);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Submitted {
+    Queued(EntryId),
+    FoldedInto(EntryId),
+}
+
+/// How one attempt ended, as decided by the dispatcher.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum End {
+    Settled(Outcome),
+    /// Again, not before `at`; its keys stay blocked meanwhile.
+    Retry {
+        at: Instant,
+    },
+    /// Its worker died under it: again, as soon as possible.
+    Crashed,
+}
+
+pub struct Queue<S> {
+    limits: LaneLimits,
+    workers_max: usize,
+    ids_used: u64,
+    lanes_made: u64,
+    entries: HashMap<EntryId, Entry<S>>,
+    chains: HashMap<Key, Chain>,
+    lanes: HashMap<LaneId, Lane>,
+    lanes_by_name: HashMap<Arc<str>, LaneId>,
+    /// The lanes that have a ready job, a free place and no rate to wait for.
+    rotation: VecDeque<LaneId>,
+    /// The lanes without jobs, the longest empty first.
+    empty: VecDeque<LaneId>,
+    timers: BinaryHeap<Reverse<(Instant, Due)>>,
+    in_flight: usize,
+}
+
+struct Entry<S> {
+    spec: Arc<S>,
+    lane: LaneId,
+    /// The chains that it stands in.
+    keys: Vec<Key>,
+    /// In how many of them it is not the head.
+    blocked: usize,
+    waiters: Vec<Waiter>,
+    state: State,
+    /// It stands in its lane's ready heap, perhaps as a leftover from before it was blocked again.
+    listed: bool,
+    retries: u32,
+    crashes: u32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// Never sent: others may be folded into it.
+    Fresh,
+    /// Sent before; waits for its turn like a fresh one.
+    Waiting,
+    Delayed,
+    InFlight,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Key {
+    Order(u64),
+    Coalesce(u64),
+}
+
+/// In ascending order; most chains have one member and allocate nothing.
+struct Chain {
+    head: EntryId,
+    rest: VecDeque<EntryId>,
+}
+
+impl Chain {
+    fn tail(&self) -> EntryId {
+        self.rest.back().copied().unwrap_or(self.head)
+    }
+}
+
+/// Never used again, so that a late timer cannot meet another lane.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+struct LaneId(u64);
+
+struct Lane {
+    name: Arc<str>,
+    limits: Limits,
+    ready: BinaryHeap<Reverse<EntryId>>,
+    /// Jobs of this lane, in whatever state.
+    entries: usize,
+    in_rotation: bool,
+    waits_for_rate: bool,
+    in_empty: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Due {
+    Entry(EntryId),
+    Lane(LaneId),
+}
+
+impl<S: Spec> Queue<S> {
+    pub fn new(limits: LaneLimits, workers_max: usize) -> Self {
+        Self {
+            limits,
+            workers_max: workers_max.max(1),
+            ids_used: 0,
+            lanes_made: 0,
+            entries: HashMap::new(),
+            chains: HashMap::new(),
+            lanes: HashMap::new(),
+            lanes_by_name: HashMap::new(),
+            rotation: VecDeque::new(),
+            empty: VecDeque::new(),
+            timers: BinaryHeap::new(),
+            in_flight: 0,
+        }
+    }
+
+    pub fn submit(&mut self, spec: Arc<S>, waiter: Waiter, now: Instant) -> Submitted {
+        self.forget_empty_lanes(now);
+        match self.fold_target(&spec) {
+            Some(id) => {
+                self.fold(id, spec, waiter);
+                Submitted::FoldedInto(id)
+            }
+            None => Submitted::Queued(self.enqueue(spec, waiter, now)),
+        }
+    }
+
+    /// The job to run now; it is in flight until `finished`. Jobs that nobody waits for any more are dropped on the way.
+    pub fn next(&mut self, now: Instant) -> Option<(EntryId, Arc<S>)> {
+        self.release_due(now);
+        self.forget_empty_lanes(now);
+        while self.in_flight < self.workers_max {
+            let lane = self.rotation.pop_front()?;
+            if let Some(started) = self.next_of_lane(lane, now) {
+                return Some(started);
+            }
+        }
+        None
+    }
+
+    /// Ends one attempt; an id that is not in flight is ignored.
+    pub fn finished(&mut self, id: EntryId, end: End) {
+        let Some(entry) = self.entries.get_mut(&id).filter(|entry| entry.state == State::InFlight) else { return };
+        let lane = entry.lane;
+        let wanted = entry.waiters.iter().any(|waiter| !waiter.is_closed());
+        match end {
+            End::Settled(outcome) => {
+                for waiter in self.remove(id) {
+                    // Whoever stopped waiting does not want to know.
+                    let _ = waiter.send(outcome.clone());
+                }
+            }
+            End::Retry { at } if wanted => {
+                entry.state = State::Delayed;
+                entry.retries = entry.retries.saturating_add(1);
+                self.timers.push(Reverse((at, Due::Entry(id))));
+            }
+            End::Retry { .. } => drop(self.remove(id)),
+            End::Crashed => {
+                entry.state = State::Waiting;
+                entry.crashes = entry.crashes.saturating_add(1);
+                self.list(id);
+            }
+        }
+        self.in_flight -= 1;
+        if let Some(lane) = self.lanes.get_mut(&lane) {
+            lane.limits.release();
+        }
+        self.rotate(lane);
+    }
+
+    /// When `next` may have something that it has not now, apart from what `submit` and `finished` bring.
+    pub fn next_wakeup(&self) -> Option<Instant> {
+        self.timers.peek().map(|Reverse((at, _))| *at)
+    }
+
+    pub fn retries(&self, id: EntryId) -> u32 {
+        self.entries.get(&id).map_or(0, |entry| entry.retries)
+    }
+
+    pub fn crashes(&self, id: EntryId) -> u32 {
+        self.entries.get(&id).map_or(0, |entry| entry.crashes)
+    }
+
+    /// Jobs that are not in flight, whatever they wait for.
+    pub fn queued(&self) -> usize {
+        self.entries.len() - self.in_flight
+    }
+
+    pub fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    pub fn lanes(&self) -> usize {
+        self.lanes.len()
+    }
+
+    /// The job that may carry this one as well: not yet sent, for the same host, and not before a job that this one must follow.
+    fn fold_target(&self, spec: &S) -> Option<EntryId> {
+        let id = self.chains.get(&Key::Coalesce(spec.coalesce_key()?))?.tail();
+        let entry = self.entries.get(&id).filter(|entry| entry.state == State::Fresh)?;
+        let same_lane = entry.spec.lane() == spec.lane();
+        let keeps_order = self.chains.get(&Key::Order(spec.order_key())).is_none_or(|chain| chain.tail() <= id);
+        (same_lane && keeps_order).then_some(id)
+    }
+
+    fn fold(&mut self, id: EntryId, spec: Arc<S>, waiter: Waiter) {
+        let key = Key::Order(spec.order_key());
+        let stands_there = self.chains.get(&key).is_some_and(|chain| chain.tail() == id);
+        let Some(entry) = self.entries.get_mut(&id) else { return };
+        if !stands_there {
+            entry.keys.push(key);
+            entry.blocked += usize::from(join(&mut self.chains, key, id));
+        }
+        entry.spec = spec;
+        if entry.waiters.len() == entry.waiters.capacity() {
+            entry.waiters.retain(|waiter| !waiter.is_closed());
+        }
+        entry.waiters.push(waiter);
+    }
+
+    fn enqueue(&mut self, spec: Arc<S>, waiter: Waiter, now: Instant) -> EntryId {
+        let id = EntryId(self.ids_used);
+        self.ids_used += 1;
+        let lane = self.lane_of(spec.lane(), now);
+        let keys: Vec<Key> =
+            std::iter::once(Key::Order(spec.order_key())).chain(spec.coalesce_key().map(Key::Coalesce)).collect();
+        let blocked = keys.iter().filter(|key| join(&mut self.chains, **key, id)).count();
+        let (waiters, state) = (vec![waiter], State::Fresh);
+        self.entries.insert(id, Entry { spec, lane, keys, blocked, waiters, state, listed: false, retries: 0, crashes: 0 });
+        self.list(id);
+        id
+    }
+
+    fn lane_of(&mut self, name: &str, now: Instant) -> LaneId {
+        let id = match self.lanes_by_name.get(name) {
+            Some(id) => *id,
+            None => {
+                let id = LaneId(self.lanes_made);
+                self.lanes_made += 1;
+                let name: Arc<str> = name.into();
+                self.lanes_by_name.insert(name.clone(), id);
+                self.lanes.insert(id, Lane::new(name, Limits::new(self.limits, now)));
+                id
+            }
+        };
+        if let Some(lane) = self.lanes.get_mut(&id) {
+            lane.entries += 1;
+        }
+        id
+    }
+
+    /// Takes one job out of a lane that has just left the rotation.
+    fn next_of_lane(&mut self, lane_id: LaneId, now: Instant) -> Option<(EntryId, Arc<S>)> {
+        self.lanes.get_mut(&lane_id)?.in_rotation = false;
+        loop {
+            let lane = self.lanes.get_mut(&lane_id)?;
+            if !lane.may_start() {
+                return None;
+            }
+            let Reverse(id) = *lane.ready.peek()?;
+            let Some(entry) = self.entries.get_mut(&id) else {
+                lane.ready.pop();
+                continue;
+            };
+            if entry.blocked > 0 {
+                // Folding put it behind somebody; whoever leaves last before it lists it again.
+                lane.ready.pop();
+                entry.listed = false;
+                continue;
+            }
+            if entry.waiters.iter().all(|waiter| waiter.is_closed()) {
+                lane.ready.pop();
+                self.remove(id);
+                continue;
+            }
+            if let Err(wait) = lane.limits.try_acquire(now) {
+                lane.waits_for_rate = true;
+                self.timers.push(Reverse((now + wait, Due::Lane(lane_id))));
+                return None;
+            }
+            lane.ready.pop();
+            entry.listed = false;
+            entry.state = State::InFlight;
+            let spec = entry.spec.clone();
+            self.in_flight += 1;
+            self.rotate(lane_id);
+            return Some((id, spec));
+        }
+    }
+
+    fn release_due(&mut self, now: Instant) {
+        while let Some(Reverse((at, due))) = self.timers.peek().copied() {
+            if at > now {
+                return;
+            }
+            self.timers.pop();
+            match due {
+                Due::Entry(id) => {
+                    if let Some(entry) = self.entries.get_mut(&id).filter(|entry| entry.state == State::Delayed) {
+                        entry.state = State::Waiting;
+                        self.list(id);
+                    }
+                }
+                Due::Lane(id) => {
+                    if let Some(lane) = self.lanes.get_mut(&id) {
+                        lane.waits_for_rate = false;
+                        self.rotate(id);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Puts a job that may run into its lane.
+    fn list(&mut self, id: EntryId) {
+        let Some(entry) = self.entries.get_mut(&id) else { return };
+        if entry.blocked > 0 || entry.listed || !matches!(entry.state, State::Fresh | State::Waiting) {
+            return;
+        }
+        entry.listed = true;
+        let lane_id = entry.lane;
+        if let Some(lane) = self.lanes.get_mut(&lane_id) {
+            lane.ready.push(Reverse(id));
+        }
+        self.rotate(lane_id);
+    }
+
+    /// Gives a lane its turn, at the end of the line, where it can use one.
+    fn rotate(&mut self, id: LaneId) {
+        if let Some(lane) = self.lanes.get_mut(&id)
+            && !lane.in_rotation
+            && lane.may_start()
+            && !lane.ready.is_empty()
+        {
+            lane.in_rotation = true;
+            self.rotation.push_back(id);
+        }
+    }
+
+    /// Forgets a job that is the head of all its chains, and lets those behind it move up.
+    fn remove(&mut self, id: EntryId) -> Vec<Waiter> {
+        let Some(entry) = self.entries.remove(&id) else { return Vec::new() };
+        for key in entry.keys {
+            let Slot::Occupied(mut chain) = self.chains.entry(key) else { continue };
+            match chain.get_mut().rest.pop_front() {
+                None => drop(chain.remove()),
+                Some(heir) => {
+                    chain.get_mut().head = heir;
+                    if let Some(heir_entry) = self.entries.get_mut(&heir) {
+                        heir_entry.blocked -= 1;
+                    }
+                    self.list(heir);
+                }
+            }
+        }
+        if let Some(lane) = self.lanes.get_mut(&entry.lane) {
+            lane.entries -= 1;
+            if lane.entries == 0 && !lane.in_empty {
+                lane.in_empty = true;
+                self.empty.push_back(entry.lane);
+            }
+        }
+        entry.waiters
+    }
+
+    /// A lane goes once its limits are as new ones would be: hosts come and go without a trace, and none gets a second burst.
+    fn forget_empty_lanes(&mut self, now: Instant) {
+        while let Some(id) = self.empty.front().copied() {
+            if let Some(lane) = self.lanes.get_mut(&id) {
+                if lane.entries == 0 && !lane.limits.is_as_new(now) {
+                    return;
+                }
+                lane.in_empty = false;
+                if lane.entries == 0 {
+                    self.lanes_by_name.remove(&lane.name);
+                    self.lanes.remove(&id);
+                }
+            }
+            self.empty.pop_front();
+        }
+    }
+}
+
+impl Lane {
+    fn new(name: Arc<str>, limits: Limits) -> Self {
+        let (in_rotation, waits_for_rate, in_empty) = (false, false, false);
+        Self { name, limits, ready: BinaryHeap::new(), entries: 0, in_rotation, waits_for_rate, in_empty }
+    }
+
+    fn may_start(&self) -> bool {
+        !self.waits_for_rate && self.limits.has_room()
+    }
+}
+
+/// True where somebody stands before it.
+fn join(chains: &mut HashMap<Key, Chain>, key: Key, id: EntryId) -> bool {
+    match chains.entry(key) {
+        Slot::Vacant(slot) => {
+            slot.insert(Chain { head: id, rest: VecDeque::new() });
+            false
+        }
+        Slot::Occupied(mut slot) => {
+            slot.get_mut().rest.push_back(id);
+            true
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::{BTreeMap, BTreeSet};
+    use std::num::NonZeroU32;
+    use std::time::Duration;
+    use tokio::sync::oneshot::error::TryRecvError;
+
+    #[derive(Debug, Clone)]
+    struct Job {
+        number: usize,
+        lane: &'static str,
+        order: u64,
+        coalesce: Option<u64>,
+    }
+
+    impl Spec for Job {
+        fn lane(&self) -> &str {
+            self.lane
+        }
+        fn order_key(&self) -> u64 {
+            self.order
+        }
+        fn coalesce_key(&self) -> Option<u64> {
+            self.coalesce
+        }
+    }
+
+    fn queue(concurrency: usize, workers_max: usize, per_second: Option<u32>) -> Queue<Job> {
+        Queue::new(LaneLimits { concurrency, per_second: per_second.and_then(NonZeroU32::new) }, workers_max)
+    }
+
+    struct Bench {
+        queue: Queue<Job>,
+        now: Instant,
+        receivers: Vec<Option<oneshot::Receiver<Outcome>>>,
+    }
+
+    impl Bench {
+        fn new(queue: Queue<Job>) -> Self {
+            Self { queue, now: Instant::now(), receivers: Vec::new() }
+        }
+
+        /// Numbered from 0 in the order of submission.
+        fn submit(&mut self, lane: &'static str, order: u64, coalesce: Option<u64>) -> Submitted {
+            let (waiter, receiver) = oneshot::channel();
+            let job = Job { number: self.receivers.len(), lane, order, coalesce };
+            self.receivers.push(Some(receiver));
+            self.queue.submit(Arc::new(job), waiter, self.now)
+        }
+
+        fn next(&mut self) -> Option<(EntryId, usize)> {
+            self.queue.next(self.now).map(|(id, job)| (id, job.number))
+        }
+
+        /// Starts all that may start.
+        fn numbers(&mut self) -> Vec<usize> {
+            std::iter::from_fn(|| self.next()).map(|(_, number)| number).collect()
+        }
+
+        fn done(&mut self, id: EntryId) {
+            self.queue.finished(id, End::Settled(Outcome::Done));
+        }
+
+        fn outcome(&mut self, number: usize) -> Result<Outcome, TryRecvError> {
+            self.receivers[number].as_mut().expect("still waiting").try_recv()
+        }
+    }
+
+    #[test]
+    fn a_lane_is_first_in_first_out() {
+        let mut bench = Bench::new(queue(10, 10, None));
+        for order in 0..5 {
+            bench.submit("a", order, None);
+        }
+        assert_eq!(bench.numbers(), [0, 1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn lanes_take_turns() {
+        let mut bench = Bench::new(queue(10, 10, None));
+        for (order, lane) in ["a", "a", "a", "b", "c", "b"].into_iter().enumerate() {
+            bench.submit(lane, order as u64, None);
+        }
+        assert_eq!(bench.numbers(), [0, 3, 4, 1, 5, 2]);
+    }
+
+    #[test]
+    fn a_full_lane_leaves_the_workers_to_others() {
+        let mut bench = Bench::new(queue(2, 5, None));
+        for order in 0..10 {
+            bench.submit("slow", order, None);
+        }
+        assert_eq!(bench.numbers(), [0, 1]);
+        bench.submit("fast", 100, None);
+        assert_eq!(bench.numbers(), [10]);
+    }
+
+    #[test]
+    fn no_more_run_than_there_are_workers() {
+        let mut bench = Bench::new(queue(10, 3, None));
+        for order in 0..10 {
+            bench.submit("a", order, None);
+        }
+        let (first, _) = bench.next().expect("a worker is free");
+        assert_eq!(bench.numbers(), [1, 2]);
+        bench.done(first);
+        assert_eq!(bench.numbers(), [3]);
+        assert_eq!((bench.queue.queued(), bench.queue.in_flight()), (6, 3));
+    }
+
+    #[test]
+    fn one_order_key_never_overlaps_even_across_lanes() {
+        let mut bench = Bench::new(queue(10, 10, None));
+        bench.submit("a", 7, None);
+        bench.submit("b", 7, None);
+        bench.submit("b", 8, None);
+        let (first, number) = bench.next().expect("the first of its key");
+        assert_eq!(number, 0);
+        assert_eq!(bench.numbers(), [2]);
+        bench.done(first);
+        assert_eq!(bench.numbers(), [1]);
+    }
+
+    #[test]
+    fn a_retry_keeps_its_key_blocked_until_its_time() {
+        let mut bench = Bench::new(queue(10, 10, None));
+        bench.submit("a", 7, None);
+        bench.submit("a", 7, None);
+        bench.submit("a", 8, None);
+        let (first, _) = bench.next().expect("the first of its key");
+        let at = bench.now + Duration::from_secs(5);
+        bench.queue.finished(first, End::Retry { at });
+        assert_eq!(bench.numbers(), [2], "another key goes on");
+        assert_eq!(bench.queue.next_wakeup(), Some(at));
+        assert_eq!(bench.queue.retries(first), 1);
+        bench.now = at;
+        assert_eq!(bench.next(), Some((first, 0)));
+        assert_eq!(bench.queue.next_wakeup(), None);
+        bench.done(first);
+        assert_eq!(bench.numbers(), [1]);
+    }
+
+    #[test]
+    fn equal_requests_become_one_with_the_newest_spec() {
+        let mut bench = Bench::new(queue(10, 10, None));
+        for order in 0..3 {
+            bench.submit("a", order, Some(1));
+        }
+        let (id, number) = bench.next().expect("one for all");
+        assert_eq!(number, 2);
+        assert_eq!(bench.numbers(), [0usize; 0]);
+        bench.done(id);
+        for number in 0..3 {
+            assert_eq!(bench.outcome(number), Ok(Outcome::Done));
+        }
+    }
+
+    #[test]
+    fn while_one_is_in_flight_exactly_one_more_waits() {
+        let mut bench = Bench::new(queue(10, 10, None));
+        bench.submit("a", 0, Some(1));
+        let (first, _) = bench.next().expect("nothing before it");
+        let Submitted::Queued(second) = bench.submit("a", 1, Some(1)) else { panic!("the first is sent already") };
+        assert_eq!(bench.submit("a", 2, Some(1)), Submitted::FoldedInto(second));
+        assert_eq!(bench.submit("a", 3, Some(1)), Submitted::FoldedInto(second));
+        assert_eq!(bench.next(), None);
+        bench.done(first);
+        assert_eq!(bench.next(), Some((second, 3)));
+        assert_eq!(bench.outcome(0), Ok(Outcome::Done));
+        assert_eq!(bench.outcome(1), Err(TryRecvError::Empty));
+    }
+
+    #[test]
+    fn a_request_that_was_tried_is_not_folded_into() {
+        let mut bench = Bench::new(queue(10, 10, None));
+        bench.submit("a", 0, Some(1));
+        let (first, _) = bench.next().expect("nothing before it");
+        bench.queue.finished(first, End::Crashed);
+        assert!(matches!(bench.submit("a", 0, Some(1)), Submitted::Queued(_)));
+    }
+
+    #[test]
+    fn a_folded_job_blocks_the_keys_of_all_that_it_carries() {
+        let mut bench = Bench::new(queue(10, 10, None));
+        bench.submit("a", 0, Some(1));
+        bench.submit("a", 5, Some(1));
+        bench.submit("a", 5, None);
+        let (folded, number) = bench.next().expect("nothing before it");
+        assert_eq!(number, 1);
+        assert_eq!(bench.next(), None, "key 5 is in flight");
+        bench.done(folded);
+        assert_eq!(bench.numbers(), [2]);
+    }
+
+    #[test]
+    fn folding_never_moves_a_job_before_one_of_its_own_key() {
+        // On, off, on again for one document: the last must not merge into the first and leave "off" as the final word.
+        let mut bench = Bench::new(queue(10, 10, None));
+        bench.submit("a", 7, Some(1));
+        bench.submit("a", 7, Some(2));
+        assert!(matches!(bench.submit("a", 7, Some(1)), Submitted::Queued(_)));
+        let mut order = Vec::new();
+        while let Some((id, number)) = bench.next() {
+            order.push(number);
+            bench.done(id);
+        }
+        assert_eq!(order, [0, 1, 2]);
+    }
+
+    #[test]
+    fn crossed_folds_do_not_deadlock() {
+        let mut bench = Bench::new(queue(10, 10, None));
+        bench.submit("a", 1, Some(1));
+        bench.submit("a", 2, Some(2));
+        bench.submit("a", 2, Some(1));
+        bench.submit("a", 1, Some(2));
+        let mut runs = 0;
+        while let Some((id, _)) = bench.next() {
+            bench.done(id);
+            runs += 1;
+        }
+        assert!((2..=4).contains(&runs));
+        for number in 0..4 {
+            assert_eq!(bench.outcome(number), Ok(Outcome::Done), "number {number}");
+        }
+    }
+
+    #[test]
+    fn equal_requests_to_different_hosts_stay_apart() {
+        let mut bench = Bench::new(queue(10, 10, None));
+        bench.submit("a", 0, Some(1));
+        assert!(matches!(bench.submit("b", 1, Some(1)), Submitted::Queued(_)));
+    }
+
+    #[test]
+    fn a_job_that_nobody_waits_for_is_dropped_when_its_turn_comes() {
+        let mut bench = Bench::new(queue(1, 10, None));
+        for order in [0, 1, 1] {
+            bench.submit("a", order, None);
+        }
+        let (first, _) = bench.next().expect("nothing before it");
+        bench.receivers[1] = None;
+        bench.done(first);
+        assert_eq!(bench.numbers(), [2]);
+        assert_eq!(bench.queue.queued(), 0);
+    }
+
+    #[test]
+    fn a_retry_that_nobody_waits_for_is_dropped_at_once() {
+        let mut bench = Bench::new(queue(1, 1, None));
+        bench.submit("a", 0, None);
+        let (first, _) = bench.next().expect("nothing before it");
+        bench.receivers[0] = None;
+        bench.queue.finished(first, End::Retry { at: bench.now + Duration::from_secs(60) });
+        assert_eq!((bench.queue.queued(), bench.queue.in_flight(), bench.queue.next_wakeup()), (0, 0, None));
+    }
+
+    #[test]
+    fn a_crashed_job_goes_first_again() {
+        let mut bench = Bench::new(queue(1, 1, None));
+        bench.submit("a", 0, None);
+        bench.submit("a", 1, None);
+        let (first, _) = bench.next().expect("nothing before it");
+        bench.queue.finished(first, End::Crashed);
+        assert_eq!(bench.next(), Some((first, 0)));
+        assert_eq!(bench.queue.crashes(first), 1);
+    }
+
+    #[test]
+    fn a_rate_limited_lane_waits_alone_with_one_timer() {
+        let mut bench = Bench::new(queue(10, 100, Some(2)));
+        for order in 0..5 {
+            bench.submit("limited", order, None);
+        }
+        assert_eq!(bench.numbers(), [0, 1]);
+        let wakeup = bench.queue.next_wakeup().expect("a timer for the lane");
+        assert_eq!(wakeup - bench.now, Duration::from_millis(500));
+        bench.submit("other", 100, None);
+        assert_eq!(bench.numbers(), [5]);
+        assert_eq!(bench.queue.timers.len(), 1);
+        bench.now = wakeup;
+        assert_eq!(bench.numbers(), [2]);
+    }
+
+    #[test]
+    fn hosts_that_come_and_go_leave_nothing_behind() {
+        for per_second in [None, Some(5)] {
+            let mut bench = Bench::new(queue(2, 2, per_second));
+            for order in 0..1_000u64 {
+                bench.submit(Box::leak(format!("host-{order}").into_boxed_str()), order, Some(order));
+                let (id, _) = bench.next().expect("a free lane");
+                bench.done(id);
+                bench.now += Duration::from_millis(10);
+                assert!(bench.queue.lanes() <= 102, "at most those of the last second");
+            }
+            bench.now += Duration::from_secs(2);
+            assert_eq!(bench.next(), None);
+            let queue = &bench.queue;
+            assert_eq!((queue.lanes(), queue.lanes_by_name.len(), queue.empty.len()), (0, 0, 0));
+            assert_eq!((queue.chains.len(), queue.entries.len(), queue.timers.len(), queue.rotation.len()), (0, 0, 0, 0));
+        }
+    }
+
+    #[test]
+    fn a_limiter_is_not_forgotten_before_it_is_full_again() {
+        let mut bench = Bench::new(queue(10, 10, Some(1)));
+        bench.submit("a", 0, None);
+        let (id, _) = bench.next().expect("the burst");
+        bench.done(id);
+        bench.submit("a", 1, None);
+        assert_eq!(bench.next(), None, "the same limiter, still empty");
+    }
+
+    #[test]
+    fn dropping_the_queue_closes_every_waiter() {
+        let mut bench = Bench::new(queue(1, 1, None));
+        bench.submit("a", 0, None);
+        bench.queue = queue(1, 1, None);
+        assert_eq!(bench.outcome(0), Err(TryRecvError::Closed));
+    }
+
+    #[test]
+    fn a_hundred_thousand_jobs_take_far_less_than_a_minute_even_unoptimised() {
+        let mut bench = Bench::new(queue(8, 64, None));
+        let lanes = ["a", "b", "c", "d"];
+        let started = std::time::Instant::now();
+        for order in 0..100_000u64 {
+            bench.submit(lanes[order as usize % 4], order % 5_000, (order % 3 == 0).then_some(order % 1_000));
+        }
+        let mut in_flight = VecDeque::new();
+        loop {
+            while let Some((id, _)) = bench.next() {
+                in_flight.push_back(id);
+            }
+            let Some(id) = in_flight.pop_front() else { break };
+            bench.done(id);
+        }
+        println!("{:?} for 100,000 jobs", started.elapsed());
+        assert_eq!(bench.queue.queued(), 0);
+        // An operation that scans the queue would take hours here; the exact rate is the bench's to say.
+        assert!(started.elapsed() < Duration::from_secs(60));
+    }
+
+    #[derive(Debug, Clone)]
+    enum Step {
+        Submit { lane: usize, order: u64, coalesce: Option<u64> },
+        Start,
+        Finish { which: prop::sample::Index, how: u8 },
+        Advance { ms: u64 },
+        StopWaiting { which: prop::sample::Index },
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            4 => (0usize..3, 0u64..5, prop::option::of(0u64..4))
+                .prop_map(|(lane, order, coalesce)| Step::Submit { lane, order, coalesce }),
+            4 => Just(Step::Start),
+            3 => (any::<prop::sample::Index>(), 0u8..6).prop_map(|(which, how)| Step::Finish { which, how }),
+            1 => (0u64..1_500).prop_map(|ms| Step::Advance { ms }),
+            1 => any::<prop::sample::Index>().prop_map(|which| Step::StopWaiting { which }),
+        ]
+    }
+
+    /// What the laws are checked against: which submissions each entry carries.
+    #[derive(Default)]
+    struct Ledger {
+        carries: BTreeMap<EntryId, Vec<(usize, u64)>>,
+        in_flight: BTreeMap<EntryId, &'static str>,
+    }
+
+    impl Ledger {
+        fn orders(&self, id: EntryId) -> BTreeSet<u64> {
+            self.carries[&id].iter().map(|(_, order)| *order).collect()
+        }
+
+        fn check_start(&self, bench: &Bench, id: EntryId, job: &Job, limits: (usize, usize)) {
+            let orders = self.orders(id);
+            for (other, _) in self.in_flight.iter() {
+                assert!(self.orders(*other).is_disjoint(&orders), "two in flight of one order key");
+            }
+            let newest = self.carries[&id].iter().map(|(number, _)| *number).max();
+            assert_eq!(newest, Some(job.number), "the newest spec of those that were folded");
+            let last_of_entry = |order: u64| self.carries[&id].iter().filter(|(_, o)| *o == order).map(|(n, _)| *n).max();
+            for (other, carried) in self.carries.iter().filter(|(other, _)| **other != id) {
+                for (number, order) in carried.iter().filter(|(_, order)| orders.contains(order)) {
+                    let alive = bench.queue.entries.contains_key(other);
+                    assert!(!alive || Some(*number) > last_of_entry(*order), "an earlier one of the key is not settled");
+                }
+            }
+            assert!(self.in_flight.len() < limits.1, "more than the workers");
+            assert!(self.in_flight.values().filter(|lane| **lane == job.lane).count() < limits.0, "more than the lane may");
+        }
+    }
+
+    fn start(bench: &mut Bench, ledger: &mut Ledger, limits: (usize, usize)) -> bool {
+        let Some((id, job)) = bench.queue.next(bench.now) else { return false };
+        ledger.check_start(bench, id, &job, limits);
+        ledger.in_flight.insert(id, job.lane);
+        true
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 512, ..ProptestConfig::default() })]
+
+        #[test]
+        fn order_limits_and_waiters_hold_in_any_history(
+            concurrency in 1usize..4, workers_max in 1usize..5, per_second in prop::option::of(1u32..4),
+            steps in prop::collection::vec(step(), 1..120),
+        ) {
+            let limits = (concurrency, workers_max);
+            let mut bench = Bench::new(queue(concurrency, workers_max, per_second));
+            let mut ledger = Ledger::default();
+            let mut settled: BTreeSet<EntryId> = BTreeSet::new();
+            for step in steps {
+                match step {
+                    Step::Submit { lane, order, coalesce } => {
+                        let number = bench.receivers.len();
+                        let before = bench.queue.queued();
+                        match bench.submit(["a", "b", "c"][lane], order, coalesce) {
+                            Submitted::Queued(id) => { ledger.carries.insert(id, vec![(number, order)]); }
+                            Submitted::FoldedInto(id) => {
+                                prop_assert_eq!(before, bench.queue.queued(), "a folded job adds none");
+                                prop_assert!(!ledger.in_flight.contains_key(&id), "folded into one that is sent");
+                                ledger.carries.get_mut(&id).expect("a known entry").push((number, order));
+                            }
+                        }
+                    }
+                    Step::Start => { start(&mut bench, &mut ledger, limits); }
+                    Step::Finish { which, how } => {
+                        let ids: Vec<EntryId> = ledger.in_flight.keys().copied().collect();
+                        if ids.is_empty() { continue }
+                        let id = *which.get(&ids);
+                        ledger.in_flight.remove(&id);
+                        let end = match how {
+                            0 => End::Crashed,
+                            1 | 2 => End::Retry { at: bench.now + Duration::from_millis(u64::from(how) * 400) },
+                            _ => { settled.insert(id); End::Settled(Outcome::Done) }
+                        };
+                        bench.queue.finished(id, end);
+                    }
+                    Step::Advance { ms } => bench.now += Duration::from_millis(ms),
+                    Step::StopWaiting { which } => {
+                        if !bench.receivers.is_empty() {
+                            let number = which.index(bench.receivers.len());
+                            bench.receivers[number] = None;
+                        }
+                    }
+                }
+                prop_assert_eq!(bench.queue.in_flight(), ledger.in_flight.len());
+            }
+            // From any state, answering every request and waiting as told comes to an end.
+            for round in 0.. {
+                prop_assert!(round < 10_000, "the queue is stuck");
+                if start(&mut bench, &mut ledger, limits) {
+                    continue;
+                }
+                if let Some(id) = ledger.in_flight.keys().next().copied() {
+                    ledger.in_flight.remove(&id);
+                    settled.insert(id);
+                    bench.done(id);
+                } else if let Some(at) = bench.queue.next_wakeup() {
+                    prop_assert!(at > bench.now, "a wakeup in the past is a hot loop");
+                    bench.now = at;
+                } else {
+                    break;
+                }
+            }
+            prop_assert_eq!(bench.queue.queued(), 0);
+            prop_assert!(bench.queue.chains.is_empty());
+            for (id, carried) in &ledger.carries {
+                for (number, _) in carried {
+                    if bench.receivers[*number].is_some() {
+                        prop_assert!(settled.contains(id), "number {} was lost", number);
+                        prop_assert_eq!(bench.outcome(*number), Ok(Outcome::Done));
+                    }
+                }
+            }
+            bench.now += Duration::from_secs(2);
+            prop_assert!(bench.next().is_none());
+            prop_assert_eq!(bench.queue.lanes(), 0);
+        }
+    }
+}

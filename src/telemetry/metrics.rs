@@ -1,0 +1,143 @@
+//! The name of every metric.
+//!
+//! No label carries a database's or a document's name, so that the number of series stays bounded.
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::Registry;
+use std::sync::Arc;
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub struct RequestLabels {
+    pub endpoint: &'static str,
+    pub status: u16,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub struct OutcomeLabels {
+    pub outcome: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub struct ChildLabels {
+    pub child: &'static str,
+}
+
+/// Every metric of the process; cloned as one `Arc`.
+pub struct Metrics {
+    registry: Registry,
+    pub couchdb_requests: Family<RequestLabels, Counter>,
+    pub couchdb_up: Gauge,
+    pub feed_connected: Gauge,
+    pub feed_rows: Counter,
+    pub feed_hints: Counter,
+    pub feed_malformed_rows: Counter,
+    pub feed_reconnects: Counter,
+    pub pending_databases: Gauge,
+    pub db_actors: Gauge,
+    pub db_actor_crashes: Counter,
+    pub sweeps: Counter,
+    pub sweep_databases: Counter,
+    pub sweep_found: Counter,
+    pub checkpoint_writes: Family<OutcomeLabels, Counter>,
+    pub webhook_deliveries: Family<OutcomeLabels, Counter>,
+    pub webhook_coalesced: Counter,
+    pub webhook_in_flight: Gauge,
+    pub webhook_queued: Gauge,
+    pub webhook_duration_seconds: Histogram,
+    pub replications: Family<OutcomeLabels, Counter>,
+    pub replications_running: Gauge,
+    pub replications_queued: Gauge,
+    pub replication_duration_seconds: Histogram,
+    pub restarts: Family<ChildLabels, Counter>,
+    pub rules: Gauge,
+    pub replicators: Gauge,
+    pub invalid_documents: Gauge,
+}
+
+impl Metrics {
+    pub fn new() -> Arc<Self> {
+        // From 1 ms to about 4 minutes: a webhook on the same host up to a large replication.
+        let seconds = || Histogram::new(exponential_buckets(0.001, 4.0, 10));
+        let mut metrics = Self {
+            registry: Registry::with_prefix("spiegel"),
+            couchdb_requests: Family::default(),
+            couchdb_up: Gauge::default(),
+            feed_connected: Gauge::default(),
+            feed_rows: Counter::default(),
+            feed_hints: Counter::default(),
+            feed_malformed_rows: Counter::default(),
+            feed_reconnects: Counter::default(),
+            pending_databases: Gauge::default(),
+            db_actors: Gauge::default(),
+            db_actor_crashes: Counter::default(),
+            sweeps: Counter::default(),
+            sweep_databases: Counter::default(),
+            sweep_found: Counter::default(),
+            checkpoint_writes: Family::default(),
+            webhook_deliveries: Family::default(),
+            webhook_coalesced: Counter::default(),
+            webhook_in_flight: Gauge::default(),
+            webhook_queued: Gauge::default(),
+            webhook_duration_seconds: seconds(),
+            replications: Family::default(),
+            replications_running: Gauge::default(),
+            replications_queued: Gauge::default(),
+            replication_duration_seconds: seconds(),
+            restarts: Family::default(),
+            rules: Gauge::default(),
+            replicators: Gauge::default(),
+            invalid_documents: Gauge::default(),
+        };
+        metrics.register();
+        Arc::new(metrics)
+    }
+
+    fn register(&mut self) {
+        let r = &mut self.registry;
+        r.register(
+            "couchdb_requests",
+            "Requests to the watched CouchDB by endpoint and status (0: no answer)",
+            self.couchdb_requests.clone(),
+        );
+        r.register("couchdb_up", "1 while CouchDB answers", self.couchdb_up.clone());
+        r.register("feed_connected", "1 while the feed of _global_changes is open", self.feed_connected.clone());
+        r.register("feed_rows", "Rows read from _global_changes", self.feed_rows.clone());
+        r.register("feed_hints", "Rows that named a watched database", self.feed_hints.clone());
+        r.register("feed_malformed_rows", "Rows that could not be read", self.feed_malformed_rows.clone());
+        r.register("feed_reconnects", "Times that the feed was opened again", self.feed_reconnects.clone());
+        r.register("pending_databases", "Databases whose work is not yet durable", self.pending_databases.clone());
+        r.register("db_actors", "Databases that are busy now", self.db_actors.clone());
+        r.register("db_actor_crashes", "Crashes of a database's actor", self.db_actor_crashes.clone());
+        r.register("sweeps", "Sweeps finished", self.sweeps.clone());
+        r.register("sweep_databases", "Databases that sweeps looked at", self.sweep_databases.clone());
+        r.register("sweep_found", "Databases with work that only a sweep found", self.sweep_found.clone());
+        r.register("checkpoint_writes", "Documents written to the spiegel database", self.checkpoint_writes.clone());
+        r.register("webhook_deliveries", "Webhook attempts by outcome", self.webhook_deliveries.clone());
+        r.register("webhook_coalesced", "Deliveries that debounce folded into another", self.webhook_coalesced.clone());
+        r.register("webhook_in_flight", "Webhook requests under way", self.webhook_in_flight.clone());
+        r.register("webhook_queued", "Webhook deliveries waiting for their turn", self.webhook_queued.clone());
+        r.register("webhook_duration_seconds", "Time of one webhook request", self.webhook_duration_seconds.clone());
+        r.register("replications", "Replication runs by outcome", self.replications.clone());
+        r.register("replications_running", "Replications under way", self.replications_running.clone());
+        r.register("replications_queued", "Replications waiting for their turn", self.replications_queued.clone());
+        r.register("replication_duration_seconds", "Time of one replication run", self.replication_duration_seconds.clone());
+        r.register("supervisor_restarts", "Children restarted by the supervisor", self.restarts.clone());
+        r.register("rules", "Valid on_change documents", self.rules.clone());
+        r.register("replicators", "Valid replicator documents", self.replicators.clone());
+        r.register("invalid_documents", "Documents of the spiegel database that cannot be used", self.invalid_documents.clone());
+    }
+
+    /// The page of `/metrics`, in the OpenMetrics text format.
+    pub fn page(&self) -> String {
+        let mut page = String::new();
+        match prometheus_client::encoding::text::encode(&mut page, &self.registry) {
+            Ok(()) => page,
+            // Writing to a String cannot fail; an empty page is better than a crash if it ever does.
+            Err(_) => String::new(),
+        }
+    }
+}

@@ -1,0 +1,389 @@
+//! Topology: which replicator runs when.
+//!
+//! It turns `replicator` documents and dirty databases into replication jobs for the ReplicatorPool, and writes back what
+//! cannot finish soon. The decisions are in `topology/states.rs`; here are the mailbox, the one timer and the requests.
+
+pub mod replicator;
+pub mod states;
+
+use crate::checkpoints::Checkpoints;
+use crate::job::{Completion, DbName, Outcome, Piece, timestamp};
+use crate::replicate::{Replication, Replicator as Runner};
+use crate::rules::catalogue::Snapshot;
+use crate::schedule::Pool;
+use crate::schedule::backoff::Backoff;
+use crate::vault::Vault;
+use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
+use serde_json::Value;
+use states::{Action, Change, Id, Line, RunFailure, Saved, States};
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+use tokio::sync::{oneshot, watch};
+use tokio::task::AbortHandle;
+
+pub enum Message {
+    /// The documents changed.
+    Documents,
+    /// A database changed: its replicators run; `done` is told once each ran or is durable.
+    SourceChanged {
+        db: DbName,
+        done: oneshot::Sender<()>,
+    },
+    /// A database was made: replicators into it may have lost their documents there.
+    TargetMade {
+        db: DbName,
+    },
+    /// Replicators whose source nobody can watch here.
+    PollRemote,
+    /// What waits for this database's replicators becomes durable.
+    Spill {
+        db: DbName,
+        done: oneshot::Sender<()>,
+    },
+    RunEnded {
+        id: Id,
+        result: Result<(), RunFailure>,
+    },
+    Saved {
+        id: Id,
+        change: Change,
+        saved: Option<Saved>,
+    },
+    Tick,
+    /// No new runs; what runs or waits becomes durable.
+    Shutdown {
+        done: oneshot::Sender<()>,
+    },
+    Status {
+        reply: oneshot::Sender<Status>,
+    },
+}
+
+impl ractor::Message for Message {}
+
+#[derive(Debug, Clone, Copy)]
+pub struct Status {
+    pub busy: usize,
+    pub backing_off: usize,
+}
+
+pub struct Topology;
+
+pub struct Arguments {
+    pub snapshot: watch::Receiver<Arc<Snapshot>>,
+    pub checkpoints: Checkpoints,
+    pub pool: Pool<Runner>,
+    pub vault: Arc<Vault>,
+    pub backoff: Backoff,
+    /// The watched server, and its host and port: a replicator whose source is elsewhere is polled.
+    pub local_url: url::Url,
+    pub local_host: String,
+}
+
+pub struct State {
+    arguments: Arguments,
+    states: States,
+    /// Writes for one document go one after the other, each with the revision that the one before left.
+    saves: HashMap<Id, VecDeque<(Change, Vec<Piece>)>>,
+    timer: Option<(SystemTime, AbortHandle)>,
+    follower: AbortHandle,
+    stopping: bool,
+}
+
+impl Drop for State {
+    fn drop(&mut self) {
+        self.follower.abort();
+        if let Some((_, timer)) = self.timer.take() {
+            timer.abort();
+        }
+    }
+}
+
+impl Actor for Topology {
+    type Msg = Message;
+    type State = State;
+    type Arguments = Arguments;
+
+    async fn pre_start(&self, myself: ActorRef<Message>, arguments: Arguments) -> Result<State, ActorProcessingErr> {
+        let mut changes = arguments.snapshot.clone();
+        changes.mark_changed();
+        let follower = tokio::spawn(async move {
+            while changes.changed().await.is_ok() {
+                if myself.cast(Message::Documents).is_err() {
+                    return;
+                }
+            }
+        });
+        let follower = follower.abort_handle();
+        Ok(State { arguments, states: States::default(), saves: HashMap::new(), timer: None, follower, stopping: false })
+    }
+
+    async fn handle(&self, myself: ActorRef<Message>, message: Message, state: &mut State) -> Result<(), ActorProcessingErr> {
+        let now = SystemTime::now();
+        let snapshot = state.arguments.snapshot.borrow().clone();
+        let actions = match message {
+            Message::Documents if snapshot.is_loaded() => state.states.documents(snapshot.replicators()),
+            Message::Documents => Vec::new(),
+            Message::SourceChanged { db, done } => {
+                let ids = snapshot.replicators_from(&db);
+                let mut actions = state.meet(&snapshot, ids);
+                let pieces = Completion::keeping(done, ids.len());
+                actions.extend(ids.iter().zip(pieces).flat_map(|(id, piece)| state.states.dirty(now, id, Some(piece))));
+                actions
+            }
+            Message::TargetMade { db } => {
+                let ids = snapshot.replicators_to(&db);
+                let mut actions = state.meet(&snapshot, ids);
+                actions.extend(ids.iter().flat_map(|id| state.states.dirty(now, id, None)));
+                actions
+            }
+            Message::PollRemote => {
+                let remote = snapshot.replicators().values();
+                let remote = remote.filter(|replicator| !replicator.source.is_local(&state.arguments.local_url));
+                remote.flat_map(|replicator| state.states.dirty(now, &replicator.id, None)).collect()
+            }
+            Message::Spill { db, done } => {
+                let ids = snapshot.replicators_from(&db);
+                let mut actions = state.meet(&snapshot, ids);
+                let pieces = Completion::keeping(done, ids.len());
+                for (id, piece) in ids.iter().zip(pieces) {
+                    // The database owes work that we may not have been told of yet.
+                    actions.extend(state.states.dirty(now, id, None));
+                    actions.extend(state.states.spill(id, Some(piece)));
+                }
+                actions
+            }
+            Message::RunEnded { id, result } => {
+                let backoff = &state.arguments.backoff;
+                state.states.run_ended(now, &id, result, |retries| backoff.delay(retries, fastrand::f64()))
+            }
+            Message::Saved { id, change, saved } => state.saved(&myself, &snapshot, id, &change, saved),
+            Message::Tick => {
+                state.timer = None;
+                state.states.tick(now)
+            }
+            Message::Shutdown { done } => {
+                state.stopping = true;
+                let busy = state.states.busy();
+                let mut pieces = Completion::keeping(done, busy).into_iter();
+                state.states.spill_all(|| pieces.next())
+            }
+            Message::Status { reply } => {
+                let _ = reply.send(Status { busy: state.states.busy(), backing_off: state.states.backing_off() });
+                Vec::new()
+            }
+        };
+        for action in actions {
+            state.perform(&myself, action);
+        }
+        state.set_timer(&myself, now);
+        Ok(())
+    }
+
+    async fn handle_supervisor_evt(
+        &self,
+        _: ActorRef<Message>,
+        _: SupervisionEvent,
+        _: &mut State,
+    ) -> Result<(), ActorProcessingErr> {
+        Ok(())
+    }
+}
+
+impl State {
+    /// A database's word may overtake the documents' own.
+    fn meet(&mut self, snapshot: &Snapshot, ids: &[Id]) -> Vec<Action> {
+        let unknown = ids.iter().filter(|id| self.states.replicator(id).is_none());
+        let unknown: Vec<_> = unknown.filter_map(|id| Some((id.clone(), snapshot.replicators().get(id)?.clone()))).collect();
+        unknown.iter().flat_map(|(id, replicator)| self.states.document(id, replicator)).collect()
+    }
+
+    fn perform(&mut self, myself: &ActorRef<Message>, action: Action) {
+        match action {
+            Action::Start(id) => self.start(myself, id),
+            Action::Save { id, change, pieces } => {
+                let queue = self.saves.entry(id.clone()).or_default();
+                // During an outage spills are asked for again and again; what waits behind the write under way is one write.
+                if queue.len() > 1
+                    && let Some((waiting, told)) = queue.back_mut()
+                    && *waiting != Change::Clean
+                    && change != Change::Clean
+                {
+                    *waiting = change;
+                    told.extend(pieces);
+                    return self.states.folded(&id);
+                }
+                queue.push_back((change, pieces));
+                if queue.len() == 1 {
+                    self.save_next(myself, id);
+                }
+            }
+            Action::Log { id, line } => self.log(&id, line),
+        }
+    }
+
+    fn start(&self, myself: &ActorRef<Message>, id: Id) {
+        // What does not run any more is durable, or still owed by the feed.
+        if self.stopping {
+            return;
+        }
+        let Some(replicator) = self.states.replicator(&id) else { return };
+        let ended = {
+            let (myself, id) = (myself.clone(), id.clone());
+            move |result| drop(myself.cast(Message::RunEnded { id, result }))
+        };
+        let params = match replicator.replicate_params(&self.arguments.vault) {
+            Ok(params) => params,
+            Err(error) => return ended(Err(RunFailure { error: error.to_string(), missing: false, after: None })),
+        };
+        let replication = Replication {
+            replicator_id: id,
+            params,
+            source: replicator.source.to_string(),
+            target: replicator.target.to_string(),
+            lane: replicator.lane(),
+        };
+        let outcome = self.arguments.pool.run(replication);
+        tokio::spawn(async move {
+            match outcome.await {
+                Ok(Outcome::Done) => ended(Ok(())),
+                Ok(Outcome::Failed { error, after }) => ended(Err(RunFailure { error, missing: false, after })),
+                Ok(Outcome::Missing { error }) => ended(Err(RunFailure { error, missing: true, after: None })),
+                Err(_) => {
+                    ended(Err(RunFailure { error: String::from("the pool is being restarted"), missing: false, after: None }))
+                }
+            }
+        });
+    }
+
+    /// Starts the write at the head of a document's queue; it stays there until it is confirmed.
+    fn save_next(&mut self, myself: &ActorRef<Message>, id: Id) {
+        let Some((change, _)) = self.saves.get(&id).and_then(VecDeque::front) else { return };
+        let change = change.clone();
+        let known_rev = self.states.known_rev(&id).unwrap_or_default().to_string();
+        let (checkpoints, myself) = (self.arguments.checkpoints.clone(), myself.clone());
+        let (saved_id, saved_change) = (id.clone(), change.clone());
+        let saving = tokio::spawn(async move {
+            let mut foreign = false;
+            let update = |doc: &mut Value| {
+                foreign = doc["_rev"].as_str() != Some(known_rev.as_str());
+                if foreign && change == Change::Clean {
+                    return false;
+                }
+                write_change(doc, &change, SystemTime::now());
+                true
+            };
+            match checkpoints.update(&id, update).await {
+                Ok(Some(doc)) if !(foreign && change == Change::Clean) => {
+                    doc["_rev"].as_str().map(|rev| Saved { rev: rev.to_string(), foreign })
+                }
+                Ok(_) => None,
+                Err(error) => {
+                    tracing::error!(id = %id, %error, "cannot write the replicator document");
+                    None
+                }
+            }
+        });
+        tokio::spawn(async move {
+            // A panic, too, is a write that was not made.
+            let saved = saving.await.unwrap_or(None);
+            let _ = myself.cast(Message::Saved { id: saved_id, change: saved_change, saved });
+        });
+    }
+
+    fn saved(
+        &mut self,
+        myself: &ActorRef<Message>,
+        snapshot: &Snapshot,
+        id: Id,
+        change: &Change,
+        saved: Option<Saved>,
+    ) -> Vec<Action> {
+        let confirmed = saved.is_some();
+        let mut actions = self.states.saved(&id, change, saved);
+        if let Some(queue) = self.saves.get_mut(&id) {
+            if let Some((_, pieces)) = queue.pop_front()
+                && (confirmed || !snapshot.replicators().contains_key(&id))
+            {
+                // A piece that is dropped instead tells its database that this is still owed.
+                pieces.into_iter().for_each(Piece::done);
+            }
+            match queue.is_empty() {
+                true => drop(self.saves.remove(&id)),
+                false => self.save_next(myself, id.clone()),
+            }
+        }
+        if let Some(replicator) = snapshot.replicators().get(&id) {
+            actions.extend(self.states.document(&id, replicator));
+        }
+        actions
+    }
+
+    fn log(&self, id: &Id, line: Line) {
+        let Some(replicator) = self.states.replicator(id) else { return };
+        let (source, target) = (replicator.source.to_string(), replicator.target.to_string());
+        match line {
+            Line::Failing { error, retry_in, missing: true } => {
+                tracing::warn!(%id, source, target, error, retry_in_ms = retry_in.as_millis(), "a database of the replicator is missing, backing off");
+            }
+            Line::Failing { error, retry_in, missing: false } => {
+                tracing::warn!(%id, source, target, error, retry_in_ms = retry_in.as_millis(), "replication failed, backing off");
+            }
+            Line::Recovered { failures } => tracing::info!(%id, source, target, failures, "replication works again"),
+        }
+    }
+
+    fn set_timer(&mut self, myself: &ActorRef<Message>, now: SystemTime) {
+        let due = self.states.next_due();
+        if self.timer.as_ref().map(|(at, _)| *at) == due {
+            return;
+        }
+        if let Some((_, timer)) = self.timer.take() {
+            timer.abort();
+        }
+        let Some(at) = due else { return };
+        // The clock may be set back; a look each minute bounds what that can do.
+        let wait = at.duration_since(now).unwrap_or_default().min(Duration::from_secs(60));
+        let myself = myself.clone();
+        let timer = tokio::spawn(async move {
+            tokio::time::sleep(wait).await;
+            let _ = myself.cast(Message::Tick);
+        });
+        self.timer = Some((at, timer.abort_handle()));
+    }
+}
+
+/// The original's words for what a replicator document says of its work.
+fn write_change(doc: &mut Value, change: &Change, now: SystemTime) {
+    let time = |at: SystemTime| Value::from(timestamp(at));
+    doc["updated_at"] = time(now);
+    match change {
+        Change::Dirty => {
+            doc["dirty"] = Value::Bool(true);
+            doc["dirty_at"] = Value::Null;
+        }
+        Change::DirtyAt { at, retries, missing } => {
+            doc["dirty"] = Value::Bool(false);
+            doc["dirty_at"] = time(*at);
+            doc["retries"] = Value::from(*retries);
+            match missing {
+                true if doc["possibly_deleted_at"].is_null() => doc["possibly_deleted_at"] = time(now),
+                true => {}
+                false => clear(doc, "possibly_deleted_at"),
+            }
+        }
+        Change::Clean => {
+            doc["dirty"] = Value::Bool(false);
+            for field in ["dirty_at", "retries", "possibly_deleted_at"] {
+                clear(doc, field);
+            }
+        }
+    }
+}
+
+fn clear(doc: &mut Value, field: &str) {
+    if let Some(value) = doc.get_mut(field) {
+        *value = Value::Null;
+    }
+}

@@ -1,0 +1,638 @@
+//! What each replicator is doing, and what to do next: the pure core of the topology.
+//!
+//! One run of a replicator at a time. Dirtied while it runs, it runs again. What fails backs off, and what cannot finish soon
+//! becomes durable in its document, in the original's words: due now is `dirty: true`, backing off is `dirty: false` with a
+//! `dirty_at`, settled is `dirty: false`. Whoever waits is told once the work is done or durable.
+
+use crate::job::Piece;
+use crate::topology::replicator::Replicator;
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+pub type Id = Arc<str>;
+
+#[derive(Debug)]
+pub enum Action {
+    Start(Id),
+    /// Write the document; the pieces are done once that is confirmed.
+    Save {
+        id: Id,
+        change: Change,
+        pieces: Vec<Piece>,
+    },
+    Log {
+        id: Id,
+        line: Line,
+    },
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Change {
+    /// Due now.
+    Dirty,
+    /// Due at that time, after so many failures.
+    DirtyAt { at: SystemTime, retries: u32, missing: bool },
+    /// Settled, unless the document changed since the known revision.
+    Clean,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Line {
+    Failing { error: String, retry_in: Duration, missing: bool },
+    Recovered { failures: u32 },
+}
+
+/// A run that failed.
+#[derive(Debug, Clone)]
+pub struct RunFailure {
+    pub error: String,
+    /// The source or the target does not exist.
+    pub missing: bool,
+    pub after: Option<Duration>,
+}
+
+/// A write of ours that CouchDB confirmed.
+#[derive(Debug, Clone)]
+pub struct Saved {
+    pub rev: String,
+    /// Somebody else had written the document since the revision that we knew.
+    pub foreign: bool,
+}
+
+#[derive(Debug)]
+enum Phase {
+    Idle,
+    Waiting { until: SystemTime },
+    Running { again: bool },
+}
+
+#[derive(Debug)]
+struct Entry {
+    replicator: Arc<Replicator>,
+    phase: Phase,
+    /// Told when the work that waits or runs now is done or durable.
+    waiters: Vec<Piece>,
+    /// Came while it was running: the next run is theirs.
+    next_waiters: Vec<Piece>,
+    retries: u32,
+    /// The document says that there is work.
+    durable: bool,
+    /// Writes of ours under way: what the document says is not news until they are confirmed.
+    saving: u32,
+    /// The newest revision that we know of, ours or somebody else's.
+    known_rev: String,
+}
+
+#[derive(Debug, Default)]
+pub struct States {
+    entries: HashMap<Id, Entry>,
+    due: BTreeSet<(SystemTime, Id)>,
+}
+
+impl States {
+    /// What the documents say now.
+    pub fn documents(&mut self, replicators: &HashMap<Id, Arc<Replicator>>) -> Vec<Action> {
+        let gone: Vec<Id> = self.entries.keys().filter(|id| !replicators.contains_key(*id)).cloned().collect();
+        for id in gone {
+            self.remove(&id);
+        }
+        let mut actions = Vec::new();
+        for (id, replicator) in replicators {
+            actions.extend(self.document(id, replicator));
+        }
+        actions
+    }
+
+    /// What one document says now.
+    pub fn document(&mut self, id: &Id, replicator: &Arc<Replicator>) -> Vec<Action> {
+        match self.entries.get_mut(id) {
+            Some(entry) if entry.saving > 0 || entry.replicator.rev == replicator.rev && !entry.known_rev.is_empty() => {
+                Vec::new()
+            }
+            // Our own write, as the feed tells of it; or an older one of ours that the feed was slow to tell of.
+            Some(entry) if entry.known_rev == replicator.rev || generation(&replicator.rev) < generation(&entry.known_rev) => {
+                entry.replicator = replicator.clone();
+                Vec::new()
+            }
+            _ => self.news(id, replicator),
+        }
+    }
+
+    /// A document that is new, or that somebody else wrote.
+    fn news(&mut self, id: &Id, replicator: &Arc<Replicator>) -> Vec<Action> {
+        let entry = self.entries.entry(id.clone()).or_insert_with(|| Entry {
+            replicator: replicator.clone(),
+            phase: Phase::Idle,
+            waiters: Vec::new(),
+            next_waiters: Vec::new(),
+            retries: u32::try_from(replicator.retries).unwrap_or(u32::MAX),
+            durable: false,
+            saving: 0,
+            known_rev: String::new(),
+        });
+        entry.replicator = replicator.clone();
+        entry.known_rev = replicator.rev.clone();
+        let durable_before = std::mem::replace(&mut entry.durable, replicator.dirty || replicator.dirty_at.is_some());
+        match (replicator.dirty, replicator.dirty_at, &entry.phase) {
+            (true, _, _) => self.run_soon(id, None),
+            // The run under way will settle the document; what somebody else wants then is one more run.
+            (false, Some(_), Phase::Running { .. }) => self.run_soon(id, None),
+            (false, Some(at), _) => {
+                self.wait(id, at);
+                Vec::new()
+            }
+            // Somebody wrote over what made the waiting work durable.
+            (false, None, Phase::Waiting { until }) if durable_before => {
+                let change = Change::DirtyAt { at: *until, retries: entry.retries, missing: false };
+                vec![save(id, entry, change, Vec::new())]
+            }
+            (false, None, _) => Vec::new(),
+        }
+    }
+
+    fn remove(&mut self, id: &Id) {
+        if let Some(entry) = self.entries.remove(id) {
+            if let Phase::Waiting { until } = entry.phase {
+                self.due.remove(&(until, id.clone()));
+            }
+            // Without its document there is no work left to wait for.
+            for piece in entry.waiters.into_iter().chain(entry.next_waiters) {
+                piece.done();
+            }
+        }
+    }
+
+    /// Its source changed.
+    pub fn dirty(&mut self, now: SystemTime, id: &Id, piece: Option<Piece>) -> Vec<Action> {
+        let Some(entry) = self.entries.get_mut(id) else {
+            // Not read yet: its document is new, and a new one runs at once.
+            if let Some(piece) = piece {
+                piece.done();
+            }
+            return Vec::new();
+        };
+        match &mut entry.phase {
+            Phase::Idle => match entry.replicator.dirty_after {
+                Some(delay) => {
+                    entry.waiters.extend(piece);
+                    self.wait(id, now + delay);
+                    Vec::new()
+                }
+                None => self.run_soon(id, piece),
+            },
+            Phase::Waiting { .. } => {
+                match piece {
+                    Some(piece) if entry.is_durable() => piece.done(),
+                    piece => entry.waiters.extend(piece),
+                }
+                Vec::new()
+            }
+            Phase::Running { again } => {
+                *again = true;
+                entry.next_waiters.extend(piece);
+                Vec::new()
+            }
+        }
+    }
+
+    /// Runs now, whatever it waits for; while it runs, it will run again.
+    fn run_soon(&mut self, id: &Id, piece: Option<Piece>) -> Vec<Action> {
+        let Some(entry) = self.entries.get_mut(id) else { return Vec::new() };
+        match &mut entry.phase {
+            Phase::Running { again } => {
+                *again = true;
+                entry.next_waiters.extend(piece);
+                return Vec::new();
+            }
+            Phase::Waiting { until } => drop(self.due.remove(&(*until, id.clone()))),
+            Phase::Idle => {}
+        }
+        entry.waiters.extend(piece);
+        entry.phase = Phase::Running { again: false };
+        vec![Action::Start(id.clone())]
+    }
+
+    fn wait(&mut self, id: &Id, at: SystemTime) {
+        if let Some(entry) = self.entries.get_mut(id) {
+            if let Phase::Waiting { until } = entry.phase {
+                self.due.remove(&(until, id.clone()));
+            }
+            entry.phase = Phase::Waiting { until: at };
+            self.due.insert((at, id.clone()));
+        }
+    }
+
+    /// `delay` is asked for the backoff after so many failures before this one.
+    pub fn run_ended(
+        &mut self,
+        now: SystemTime,
+        id: &Id,
+        result: Result<(), RunFailure>,
+        delay: impl FnOnce(u32) -> Duration,
+    ) -> Vec<Action> {
+        let Some(entry) = self.entries.get_mut(id) else { return Vec::new() };
+        let Phase::Running { again } = entry.phase else { return Vec::new() };
+        entry.phase = Phase::Idle;
+        match result {
+            Ok(()) => self.succeeded(now, id, again),
+            Err(failure) => {
+                let retry_in = delay(entry.retries).max(failure.after.unwrap_or_default());
+                entry.retries = entry.retries.saturating_add(1);
+                let mut pieces = std::mem::take(&mut entry.waiters);
+                pieces.append(&mut entry.next_waiters);
+                let change = Change::DirtyAt { at: now + retry_in, retries: entry.retries, missing: failure.missing };
+                let mut actions = vec![save(id, entry, change, pieces)];
+                if entry.retries == 1 {
+                    let line = Line::Failing { error: failure.error, retry_in, missing: failure.missing };
+                    actions.push(Action::Log { id: id.clone(), line });
+                }
+                self.wait(id, now + retry_in);
+                actions
+            }
+        }
+    }
+
+    fn succeeded(&mut self, now: SystemTime, id: &Id, again: bool) -> Vec<Action> {
+        let mut actions = Vec::new();
+        let Some(entry) = self.entries.get_mut(id) else { return actions };
+        if entry.retries > 0 {
+            actions.push(Action::Log { id: id.clone(), line: Line::Recovered { failures: entry.retries } });
+            entry.retries = 0;
+        }
+        for piece in std::mem::take(&mut entry.waiters) {
+            piece.done();
+        }
+        entry.waiters = std::mem::take(&mut entry.next_waiters);
+        match (again, entry.replicator.dirty_after) {
+            (true, Some(delay)) => self.wait(id, now + delay),
+            (true, None) => actions.extend(self.run_soon(id, None)),
+            (false, _) if entry.durable || entry.saving > 0 => actions.push(save(id, entry, Change::Clean, Vec::new())),
+            (false, _) => {}
+        }
+        actions
+    }
+
+    /// A write was confirmed; None where it was not made, because the document is gone or was changed by somebody else.
+    pub fn saved(&mut self, id: &Id, change: &Change, saved: Option<Saved>) -> Vec<Action> {
+        let Some(entry) = self.entries.get_mut(id) else { return Vec::new() };
+        entry.saving = entry.saving.saturating_sub(1);
+        match saved {
+            None => Vec::new(),
+            Some(saved) => {
+                entry.known_rev = saved.rev;
+                entry.durable = *change != Change::Clean;
+                match saved.foreign {
+                    // We wrote over somebody's word, which may have been that there is work.
+                    true => self.run_soon(id, None),
+                    false => Vec::new(),
+                }
+            }
+        }
+    }
+
+    /// A write was folded into another one that waits.
+    pub fn folded(&mut self, id: &Id) {
+        if let Some(entry) = self.entries.get_mut(id) {
+            entry.saving = entry.saving.saturating_sub(1);
+        }
+    }
+
+    /// What is still only in memory becomes durable.
+    pub fn spill(&mut self, id: &Id, piece: Option<Piece>) -> Vec<Action> {
+        let mut told: Vec<Piece> = piece.into_iter().collect();
+        if let Some(entry) = self.entries.get_mut(id) {
+            let change = match entry.phase {
+                Phase::Idle => None,
+                // Again, although it may be durable: the run's end settles only what the document says by then.
+                Phase::Running { again } if again || !entry.is_durable() => Some(Change::Dirty),
+                Phase::Waiting { until } if !entry.is_durable() => {
+                    Some(Change::DirtyAt { at: until, retries: entry.retries, missing: false })
+                }
+                _ => None,
+            };
+            if let Some(change) = change {
+                told.append(&mut entry.waiters);
+                told.append(&mut entry.next_waiters);
+                return vec![save(id, entry, change, told)];
+            }
+        }
+        for piece in told {
+            piece.done();
+        }
+        Vec::new()
+    }
+
+    pub fn spill_all(&mut self, mut piece: impl FnMut() -> Option<Piece>) -> Vec<Action> {
+        let busy = self.entries.iter().filter(|(_, entry)| !matches!(entry.phase, Phase::Idle));
+        let busy: Vec<Id> = busy.map(|(id, _)| id.clone()).collect();
+        busy.iter().flat_map(|id| self.spill(id, piece())).collect()
+    }
+
+    pub fn tick(&mut self, now: SystemTime) -> Vec<Action> {
+        let mut actions = Vec::new();
+        while let Some((until, id)) = self.due.first().cloned()
+            && until <= now
+        {
+            actions.extend(self.run_soon(&id, None));
+            self.due.remove(&(until, id));
+        }
+        actions
+    }
+
+    pub fn next_due(&self) -> Option<SystemTime> {
+        self.due.first().map(|(until, _)| *until)
+    }
+
+    pub fn known_rev(&self, id: &Id) -> Option<&str> {
+        self.entries.get(id).map(|entry| entry.known_rev.as_str())
+    }
+
+    pub fn replicator(&self, id: &Id) -> Option<&Arc<Replicator>> {
+        self.entries.get(id).map(|entry| &entry.replicator)
+    }
+
+    pub fn busy(&self) -> usize {
+        self.entries.values().filter(|entry| !matches!(entry.phase, Phase::Idle)).count()
+    }
+
+    pub fn backing_off(&self) -> usize {
+        self.entries.values().filter(|entry| entry.retries > 0).count()
+    }
+}
+
+impl Entry {
+    /// While a write of ours is under way, what the document will say is not known.
+    fn is_durable(&self) -> bool {
+        self.durable && self.saving == 0
+    }
+}
+
+fn save(id: &Id, entry: &mut Entry, change: Change, pieces: Vec<Piece>) -> Action {
+    entry.saving += 1;
+    Action::Save { id: id.clone(), change, pieces }
+}
+
+/// The number before a revision's dash: it only grows along a document's history.
+fn generation(rev: &str) -> u64 {
+    rev.split_once('-').and_then(|(number, _)| number.parse().ok()).unwrap_or(0)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests {
+    use super::*;
+    use crate::job::Completion;
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    const BACKOFF: Duration = Duration::from_secs(5);
+
+    fn doc(id: &str, rev: &str, fields: serde_json::Value) -> Arc<Replicator> {
+        let mut doc = json!({ "_id": id, "_rev": rev, "type": "replicator", "source": "http://h/a", "target": "http://h/b" });
+        for (name, value) in fields.as_object().expect("fields") {
+            doc[name] = value.clone();
+        }
+        Arc::new(Replicator::parse(&doc).expect("a good document"))
+    }
+
+    fn clean(rev: &str) -> Arc<Replicator> {
+        doc("r", rev, json!({ "dirty": false }))
+    }
+
+    fn id() -> Id {
+        "r".into()
+    }
+
+    fn kinds(actions: &[Action]) -> Vec<&'static str> {
+        let kind = |action: &Action| match action {
+            Action::Start(_) => "start",
+            Action::Save { change: Change::Dirty, .. } => "save dirty",
+            Action::Save { change: Change::DirtyAt { .. }, .. } => "save dirty_at",
+            Action::Save { change: Change::Clean, .. } => "save clean",
+            Action::Log { .. } => "log",
+        };
+        actions.iter().map(kind).collect()
+    }
+
+    fn failure() -> RunFailure {
+        RunFailure { error: String::from("no"), missing: false, after: None }
+    }
+
+    /// Confirms the saves among the actions, as CouchDB would.
+    fn confirm(states: &mut States, actions: Vec<Action>, rev: &str) -> Vec<Action> {
+        let mut next = Vec::new();
+        for action in actions {
+            if let Action::Save { id, change, pieces } = action {
+                next.extend(states.saved(&id, &change, Some(Saved { rev: rev.to_string(), foreign: false })));
+                pieces.into_iter().for_each(Piece::done);
+            }
+        }
+        next
+    }
+
+    fn is_kept(kept: &mut tokio::sync::oneshot::Receiver<()>) -> bool {
+        kept.try_recv().is_ok()
+    }
+
+    #[test]
+    fn a_new_replicator_runs_at_once_and_is_then_settled() {
+        let mut states = States::default();
+        let actions = states.document(&id(), &doc("r", "1-a", json!({})));
+        assert_eq!(kinds(&actions), ["start"]);
+        let actions = states.run_ended(SystemTime::now(), &id(), Ok(()), |_| BACKOFF);
+        assert_eq!(kinds(&actions), ["save clean"]);
+        confirm(&mut states, actions, "2-b");
+        assert!(states.document(&id(), &clean("2-b")).is_empty(), "our own write is no news");
+        assert_eq!(states.busy(), 0);
+    }
+
+    #[test]
+    fn in_steady_state_a_change_costs_no_write() {
+        let now = SystemTime::now();
+        let mut states = States::default();
+        states.document(&id(), &clean("1-a"));
+        let (mut pieces, mut kept) = Completion::of(1);
+        assert_eq!(kinds(&states.dirty(now, &id(), pieces.pop())), ["start"]);
+        assert!(states.run_ended(now, &id(), Ok(()), |_| BACKOFF).is_empty());
+        assert!(is_kept(&mut kept));
+    }
+
+    #[test]
+    fn dirtied_while_it_runs_it_runs_again() {
+        let now = SystemTime::now();
+        let mut states = States::default();
+        states.document(&id(), &clean("1-a"));
+        states.dirty(now, &id(), None);
+        let (mut pieces, mut kept) = Completion::of(1);
+        assert!(states.dirty(now, &id(), pieces.pop()).is_empty(), "one run at a time");
+        assert_eq!(kinds(&states.run_ended(now, &id(), Ok(()), |_| BACKOFF)), ["start"]);
+        assert!(!is_kept(&mut kept), "the next run is theirs");
+        states.run_ended(now, &id(), Ok(()), |_| BACKOFF);
+        assert!(is_kept(&mut kept));
+    }
+
+    #[test]
+    fn a_failure_backs_off_durably_and_is_told_once() {
+        let now = SystemTime::now();
+        let mut states = States::default();
+        states.document(&id(), &clean("1-a"));
+        let (mut pieces, mut kept) = Completion::of(1);
+        states.dirty(now, &id(), pieces.pop());
+        let actions = states.run_ended(now, &id(), Err(failure()), |_| BACKOFF);
+        assert_eq!(kinds(&actions), ["save dirty_at", "log"]);
+        assert!(!is_kept(&mut kept), "not before it is durable");
+        confirm(&mut states, actions, "2-b");
+        assert!(is_kept(&mut kept));
+        assert_eq!(states.next_due(), Some(now + BACKOFF));
+        assert!(states.tick(now).is_empty());
+        assert_eq!(kinds(&states.tick(now + BACKOFF)), ["start"]);
+        let actions = states.run_ended(now + BACKOFF, &id(), Err(failure()), |_| BACKOFF);
+        assert_eq!(kinds(&actions), ["save dirty_at"], "no second line");
+        confirm(&mut states, actions, "3-c");
+        states.tick(now + BACKOFF * 2);
+        assert_eq!(kinds(&states.run_ended(now, &id(), Ok(()), |_| BACKOFF)), ["log", "save clean"]);
+    }
+
+    #[test]
+    fn a_change_during_backoff_waits_with_it() {
+        let now = SystemTime::now();
+        let mut states = States::default();
+        states.document(&id(), &doc("r", "1-a", json!({ "dirty": false, "dirty_at": "2099-01-01T00:00:00Z", "retries": 3 })));
+        let (mut pieces, mut kept) = Completion::of(1);
+        assert!(states.dirty(now, &id(), pieces.pop()).is_empty());
+        assert!(is_kept(&mut kept), "the document says already that there is work");
+    }
+
+    #[test]
+    fn dirty_after_milliseconds_delays_the_run_and_gathers() {
+        let now = SystemTime::now();
+        let mut states = States::default();
+        states.document(&id(), &doc("r", "1-a", json!({ "dirty": false, "dirty_after_milliseconds": 1000 })));
+        assert!(states.dirty(now, &id(), None).is_empty());
+        assert!(states.dirty(now + Duration::from_millis(900), &id(), None).is_empty());
+        assert_eq!(kinds(&states.tick(now + Duration::from_secs(1))), ["start"]);
+    }
+
+    #[test]
+    fn somebody_else_dirtying_the_document_runs_it() {
+        let mut states = States::default();
+        states.document(&id(), &clean("1-a"));
+        assert_eq!(kinds(&states.document(&id(), &doc("r", "2-x", json!({ "dirty": true })))), ["start"]);
+        // Again while it runs, and then once more.
+        states.document(&id(), &doc("r", "3-y", json!({ "dirty": true })));
+        assert_eq!(kinds(&states.run_ended(SystemTime::now(), &id(), Ok(()), |_| BACKOFF)), ["start"]);
+    }
+
+    #[test]
+    fn the_feed_telling_late_of_our_own_writes_is_no_news() {
+        let now = SystemTime::now();
+        let mut states = States::default();
+        states.document(&id(), &clean("1-a"));
+        states.dirty(now, &id(), None);
+        let actions = states.spill(&id(), None);
+        assert_eq!(kinds(&actions), ["save dirty"]);
+        confirm(&mut states, actions, "2-b");
+        let actions = states.run_ended(now, &id(), Ok(()), |_| BACKOFF);
+        assert_eq!(kinds(&actions), ["save clean"]);
+        confirm(&mut states, actions, "3-c");
+        assert!(states.document(&id(), &doc("r", "2-b", json!({ "dirty": true }))).is_empty());
+        assert!(states.document(&id(), &clean("3-c")).is_empty());
+        assert_eq!(states.busy(), 0);
+    }
+
+    #[test]
+    fn writing_over_somebody_elses_word_runs_again() {
+        let now = SystemTime::now();
+        let mut states = States::default();
+        states.document(&id(), &clean("1-a"));
+        states.dirty(now, &id(), None);
+        states.spill(&id(), None);
+        let actions = states.saved(&id(), &Change::Dirty, Some(Saved { rev: String::from("3-c"), foreign: true }));
+        assert!(actions.is_empty());
+        assert_eq!(kinds(&states.run_ended(now, &id(), Ok(()), |_| BACKOFF)), ["start"]);
+    }
+
+    #[test]
+    fn what_is_spilled_right_after_it_was_dirtied_is_written() {
+        let now = SystemTime::now();
+        // Not told of yet, running already, and settled a moment ago with the write still on its way.
+        for started in [false, true] {
+            let mut states = States::default();
+            states.document(&id(), &clean("1-a"));
+            if started {
+                states.dirty(now, &id(), None);
+            }
+            states.dirty(now, &id(), None);
+            let (mut pieces, mut kept) = Completion::of(1);
+            let actions = states.spill(&id(), pieces.pop());
+            assert_eq!(kinds(&actions), ["save dirty"]);
+            assert!(!is_kept(&mut kept));
+        }
+        let mut states = States::default();
+        states.document(&id(), &doc("r", "1-a", json!({})));
+        let settling = states.run_ended(now, &id(), Ok(()), |_| BACKOFF);
+        assert_eq!(kinds(&settling), ["save clean"]);
+        states.dirty(now, &id(), None);
+        let (mut pieces, _kept) = Completion::of(1);
+        assert_eq!(kinds(&states.spill(&id(), pieces.pop())), ["save dirty"], "the clean one is on its way");
+    }
+
+    #[test]
+    fn without_its_document_nobody_waits() {
+        let mut states = States::default();
+        states.document(&id(), &clean("1-a"));
+        let (mut pieces, mut kept) = Completion::of(1);
+        states.dirty(SystemTime::now(), &id(), pieces.pop());
+        states.documents(&HashMap::new());
+        assert!(is_kept(&mut kept));
+        assert!(states.run_ended(SystemTime::now(), &id(), Ok(()), |_| BACKOFF).is_empty());
+    }
+
+    proptest! {
+        /// Whatever happens: one run at a time, and once all runs succeed everybody who waited was told.
+        #[test]
+        fn nobody_waits_for_ever(steps in prop::collection::vec(0u8..6, 1..60)) {
+            let mut now = SystemTime::UNIX_EPOCH;
+            let mut states = States::default();
+            states.document(&id(), &clean("1-a"));
+            let mut running = 0;
+            let mut revs = 1;
+            let mut waiting = Vec::new();
+            let mut handle = |states: &mut States, actions: Vec<Action>, running: &mut i32| {
+                let mut queue = actions;
+                while !queue.is_empty() {
+                    *running += queue.iter().filter(|action| matches!(action, Action::Start(_))).count() as i32;
+                    revs += 1;
+                    queue = confirm(states, queue, &format!("{revs}-x"));
+                }
+            };
+            for step in steps.into_iter().chain([5, 2, 5, 2, 5, 2, 5, 2]) {
+                now += Duration::from_secs(1);
+                let actions = match step {
+                    0 | 1 => {
+                        let (mut pieces, kept) = Completion::of(1);
+                        waiting.push(kept);
+                        states.dirty(now, &id(), pieces.pop())
+                    }
+                    2 | 3 if running > 0 => {
+                        running -= 1;
+                        let result = if step == 2 { Ok(()) } else { Err(failure()) };
+                        states.run_ended(now, &id(), result, |_| BACKOFF)
+                    }
+                    4 => states.spill(&id(), None),
+                    _ => {
+                        now += BACKOFF * 2;
+                        states.tick(now)
+                    }
+                };
+                handle(&mut states, actions, &mut running);
+                prop_assert!((0..=1).contains(&running));
+            }
+            prop_assert_eq!(states.busy(), 0);
+            for mut kept in waiting {
+                prop_assert!(is_kept(&mut kept));
+            }
+        }
+    }
+}

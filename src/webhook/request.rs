@@ -1,0 +1,293 @@
+//! The HTTP request of one delivery, before anything is sent.
+//!
+//! GET, HEAD and DELETE carry the params as a query, the others as a JSON body: an object even where a rule has none, as the
+//! original sent it. The password goes into a header and never into the URL, so that no error text can carry it.
+
+use crate::rules::rule::js_string;
+use crate::rules::template::Rendered;
+use crate::vault::{Credentials, Vault, VaultError, split_credentials};
+use base64::Engine;
+use bytes::Bytes;
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
+use reqwest::Method;
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+use std::fmt;
+use std::sync::Arc;
+use url::Url;
+
+const QUERY: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
+/// No server takes more, and a document sent as a query could be of any size.
+const URL_BYTES_MAX: usize = 1024 * 1024;
+
+/// A request that is ready to be sent. Its `Debug` shows no body: a document may be large, and is not ours to print.
+#[derive(Clone)]
+pub struct WebhookRequest {
+    pub method: Method,
+    /// Without user and password.
+    pub url: Url,
+    pub credentials: Option<Credentials>,
+    /// JSON.
+    pub body: Option<Bytes>,
+    /// `host:port`: requests of one lane share its limits.
+    pub lane: Arc<str>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum RequestError {
+    #[error("build the webhook's URL: {0}")]
+    Url(#[from] VaultError),
+    #[error("build the webhook's URL: {0} is neither http nor https")]
+    Scheme(String),
+    #[error("build the webhook's URL: no host")]
+    NoHost,
+    #[error("build the webhook's query: {0}")]
+    Query(String),
+}
+
+impl fmt::Debug for WebhookRequest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("WebhookRequest")
+            .field("method", &self.method)
+            .field("url", &self.url.as_str())
+            .field("credentials", &self.credentials)
+            .field("body_bytes", &self.body.as_ref().map(Bytes::len))
+            .finish()
+    }
+}
+
+pub fn build(rendered: Rendered, vault: &Vault) -> Result<WebhookRequest, RequestError> {
+    let (mut url, credentials) = split_credentials(vault.inject(&rendered.url)?);
+    if !matches!(url.scheme(), "http" | "https") {
+        return Err(RequestError::Scheme(url.scheme().to_string()));
+    }
+    let host = url.host_str().ok_or(RequestError::NoHost)?;
+    let lane = Arc::from(format!("{host}:{}", url.port_or_known_default().unwrap_or_default()));
+    let body = match sends_query(&rendered.method) {
+        true => {
+            add_query(&mut url, &rendered.params)?;
+            None
+        }
+        false => Some(Bytes::from(rendered.params)),
+    };
+    Ok(WebhookRequest { method: rendered.method, url, credentials, body, lane })
+}
+
+fn sends_query(method: &Method) -> bool {
+    matches!(*method, Method::GET | Method::HEAD | Method::DELETE)
+}
+
+fn add_query(url: &mut Url, params: &str) -> Result<(), RequestError> {
+    // Most rules with a query have no params at all.
+    if params == "{}" {
+        return Ok(());
+    }
+    let params: Value = serde_json::from_str(params).map_err(|error| RequestError::Query(error.to_string()))?;
+    let mut query = url.query().unwrap_or_default().to_string();
+    if let Value::Object(params) = &params {
+        for (name, value) in params {
+            push_query(&mut query, name, value);
+        }
+    }
+    if query.len() > URL_BYTES_MAX {
+        return Err(RequestError::Query(format!("longer than {URL_BYTES_MAX} bytes")));
+    }
+    if !query.is_empty() {
+        url.set_query(Some(&query));
+    }
+    Ok(())
+}
+
+/// As the JavaScript library `qs` spells it: `a[b]=c`, `a[0]=x`, null as `a=`, and nothing for what is empty.
+fn push_query(query: &mut String, name: &str, value: &Value) {
+    if query.len() > URL_BYTES_MAX {
+        return;
+    }
+    match value {
+        Value::Object(members) => {
+            for (member, value) in members {
+                push_query(query, &format!("{name}[{member}]"), value);
+            }
+        }
+        Value::Array(items) => {
+            for (at, value) in items.iter().enumerate() {
+                push_query(query, &format!("{name}[{at}]"), value);
+            }
+        }
+        Value::Null => push_pair(query, name, ""),
+        value => push_pair(query, name, &js_string(value)),
+    }
+}
+
+fn push_pair(query: &mut String, name: &str, value: &str) {
+    if !query.is_empty() && !query.ends_with('&') {
+        query.push('&');
+    }
+    query.extend(utf8_percent_encode(name, QUERY));
+    query.push('=');
+    query.extend(utf8_percent_encode(value, QUERY));
+}
+
+impl WebhookRequest {
+    /// Equal for requests that are one to their receiver: method, final URL and params (bug 13: the original took the URL
+    /// before its variables were filled in). Stable from run to run.
+    pub fn debounce_key(&self) -> u128 {
+        let user = self.credentials.as_ref().map_or("", |credentials| credentials.user.as_str());
+        let body = self.body.as_deref().unwrap_or_default();
+        let digest = digest([self.method.as_str().as_bytes(), self.url.as_str().as_bytes(), user.as_bytes(), body]);
+        first_bytes(&digest).iter().fold(0, |key, byte| key << 8 | u128::from(*byte))
+    }
+}
+
+/// Deliveries with the same key keep their order.
+pub fn order_key(rule_id: &str, db: &str, doc_id: &str) -> u64 {
+    let digest = digest([rule_id.as_bytes(), db.as_bytes(), doc_id.as_bytes()]);
+    first_bytes(&digest).iter().take(8).fold(0, |key, byte| key << 8 | u64::from(*byte))
+}
+
+/// The same for the same change after a crash and on any node; another one once the database was made again.
+pub fn webhook_id(rule_id: &str, db: &str, instance_start_time: &str, doc_id: &str, rev: &str) -> String {
+    let digest = digest([rule_id, db, instance_start_time, doc_id, rev].map(str::as_bytes));
+    format!("msg_{}", base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(digest))
+}
+
+/// Each part goes in with its length, so that no two lists of parts are one text.
+fn digest<const N: usize>(parts: [&[u8]; N]) -> [u8; 32] {
+    let mut hash = Sha256::new();
+    for part in parts {
+        hash.update((part.len() as u64).to_be_bytes());
+        hash.update(part);
+    }
+    hash.finalize().into()
+}
+
+fn first_bytes(digest: &[u8; 32]) -> &[u8] {
+    digest.get(..16).unwrap_or(digest)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use secrecy::ExposeSecret;
+    use serde_json::json;
+    use std::collections::HashSet;
+
+    fn request(method: &str, url: &str, params: Value) -> WebhookRequest {
+        let method = Method::from_bytes(method.as_bytes()).unwrap();
+        build(Rendered { method, url: url.to_string(), params: params.to_string() }, &Vault::empty()).expect("a good request")
+    }
+
+    #[test]
+    fn get_head_and_delete_send_a_query_and_the_others_json() {
+        for method in ["GET", "HEAD", "DELETE"] {
+            let request = request(method, "http://h/x?y=1#top", json!({"foo": "bar"}));
+            assert_eq!(request.url.as_str(), "http://h/x?y=1&foo=bar#top");
+            assert!(request.body.is_none());
+        }
+        for method in ["POST", "PUT", "PATCH", "REPORT"] {
+            let request = request(method, "http://h/x?y=1", json!({"foo": "bar"}));
+            assert_eq!(request.url.as_str(), "http://h/x?y=1");
+            assert_eq!(request.body.as_deref(), Some(br#"{"foo":"bar"}"#.as_slice()));
+        }
+        assert_eq!(request("POST", "http://h/", json!({})).body.as_deref(), Some(b"{}".as_slice()));
+    }
+
+    #[test]
+    fn queries_are_spelled_as_by_qs() {
+        for (params, expected) in [
+            (json!({}), None),
+            (json!({"a": "b c&d=é"}), Some("a=b%20c%26d%3D%C3%A9")),
+            (json!({"a": null, "b": true, "c": 1.5, "d": ""}), Some("a=&b=true&c=1.5&d=")),
+            (json!({"a": {"b": "c", "d": {"e": 1}}}), Some("a%5Bb%5D=c&a%5Bd%5D%5Be%5D=1")),
+            (json!({"a": ["x", {"y": 2}]}), Some("a%5B0%5D=x&a%5B1%5D%5By%5D=2")),
+            (json!({"a": [], "b": {}}), None),
+        ] {
+            assert_eq!(request("GET", "http://h/", params.clone()).url.query(), expected, "{params}");
+        }
+        assert_eq!(request("GET", "http://h/?", json!({"a": 1})).url.as_str(), "http://h/?a=1");
+        assert_eq!(request("GET", "http://h/?x&", json!({"a": 1})).url.as_str(), "http://h/?x&a=1");
+    }
+
+    #[test]
+    fn a_query_beyond_all_bounds_is_an_error() {
+        let rendered = Rendered {
+            method: Method::GET,
+            url: String::from("http://h/"),
+            params: json!({"a": "x".repeat(URL_BYTES_MAX + 1)}).to_string(),
+        };
+        assert!(matches!(build(rendered, &Vault::empty()), Err(RequestError::Query(_))));
+    }
+
+    #[test]
+    fn the_lane_is_the_lower_case_host_and_its_port() {
+        for (url, lane) in [
+            ("http://API.Example.com/x", "api.example.com:80"),
+            ("https://api.example.com/x", "api.example.com:443"),
+            ("https://u:p@api.example.com:8443/x", "api.example.com:8443"),
+            ("http://[::1]:3000/", "[::1]:3000"),
+        ] {
+            assert_eq!(request("GET", url, json!({})).lane.as_ref(), lane);
+        }
+    }
+
+    #[test]
+    fn the_password_leaves_the_url() {
+        let vault = Vault::from_json(r#"{"example.com": {"user": "s3cret/!"}}"#).unwrap();
+        let rendered = Rendered {
+            method: Method::GET,
+            url: String::from("https://user@example.com/foo?a=b"),
+            params: json!({"foo": "bar", "change": {"_id": "1"}}).to_string(),
+        };
+        let request = build(rendered, &vault).unwrap();
+        assert_eq!(request.url.as_str(), "https://example.com/foo?a=b&foo=bar&change%5B_id%5D=1");
+        assert!(!format!("{request:?}").contains("s3cret"));
+        let credentials = request.credentials.expect("from the vault");
+        assert_eq!((credentials.user.as_str(), credentials.password.expose_secret()), ("user", "s3cret/!"));
+    }
+
+    #[test]
+    fn a_bad_url_is_an_error_that_hides_it() {
+        for url in ["http://u:s3cret@[x/", "ftp://u:s3cret@h/", "http://u:s3cret@a%2Fb.h/"] {
+            let rendered = Rendered { method: Method::GET, url: url.to_string(), params: String::from("{}") };
+            let error = build(rendered, &Vault::empty()).expect_err(url);
+            assert!(!format!("{error} {error:?}").contains("s3cret"));
+        }
+    }
+
+    #[test]
+    fn bug_13_the_debounce_key_is_of_the_final_request() {
+        let base = request("POST", "http://h/a", json!({"x": 1}));
+        assert_eq!(base.debounce_key(), request("POST", "http://h/a", json!({"x": 1})).debounce_key());
+        let others = [
+            request("PUT", "http://h/a", json!({"x": 1})),
+            request("POST", "http://h/b", json!({"x": 1})),
+            request("POST", "http://h/a", json!({"x": 2})),
+            request("POST", "http://u@h/a", json!({"x": 1})),
+            request("GET", "http://h/a", json!({"x": 1})),
+        ];
+        let keys: HashSet<u128> = others.iter().chain([&base]).map(WebhookRequest::debounce_key).collect();
+        assert_eq!(keys.len(), 6);
+    }
+
+    #[test]
+    fn ids_are_stable_and_tell_their_parts_apart() {
+        let id = webhook_id("rule", "db", "0", "doc", "1-a");
+        // A receiver remembers ids over our upgrades: this one may never change.
+        assert_eq!(id, "msg_4ecDMMa-1eiXGdbLRPYCJaPDI-g2y2gBbmcQjpVHwqc");
+        assert_ne!(webhook_id("a", "bc", "0", "d", "e"), webhook_id("ab", "c", "0", "d", "e"));
+        assert_ne!(webhook_id("r", "d", "1", "x", "1-a"), webhook_id("r", "d", "2", "x", "1-a"));
+        assert_ne!(order_key("a", "bc", "d"), order_key("ab", "c", "d"));
+        assert_eq!(order_key("a", "b", "c"), order_key("a", "b", "c"));
+    }
+
+    proptest! {
+        #[test]
+        fn a_query_is_read_back_as_it_was_meant(name in "\\PC{1,10}", value in "(?s).{0,10}") {
+            let request = request("GET", "http://h/?z=0", json!({name.clone(): value.clone()}));
+            let pairs: Vec<(String, String)> = request.url.query_pairs().into_owned().collect();
+            prop_assert_eq!(&pairs[1], &(name, value));
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! The command line: exit codes, and commands that may be given twice.
+
+use crate::support::process::{Spiegel, free_port, one_shot};
+use crate::support::{Lab, SOON, eventually, tests_on};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+tests_on! {
+    every: [
+        install_and_uninstall_may_be_given_twice,
+        install_leaves_what_is_there,
+        run_without_install_says_what_to_do,
+        a_wrong_password_is_bad_config,
+        the_admin_pages_answer,
+        check_names_what_is_wrong,
+    ],
+}
+
+fn nothing() -> BTreeMap<String, String> {
+    BTreeMap::new()
+}
+
+fn with(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+    pairs.iter().map(|(key, value)| (format!("SPIEGEL_{key}"), value.to_string())).collect()
+}
+
+#[tokio::test]
+async fn exit_codes_tell_what_went_wrong() {
+    let gone = format!("http://admin:secret@127.0.0.1:{}", free_port());
+    let cases = [
+        (nothing(), &["--help"][..], 0, "Usage"),
+        (nothing(), &["--version"], 0, env!("CARGO_PKG_VERSION")),
+        (nothing(), &["version"], 0, env!("CARGO_PKG_VERSION")),
+        (nothing(), &[], 64, "Usage"),
+        (nothing(), &["no-such-command"], 64, "no-such-command"),
+        (nothing(), &["run", "--no-such-flag"], 64, "--no-such-flag"),
+        (with(&[("FEED_HEARTBEAT", "a week")]), &["run"], 78, "feed.heartbeat"),
+        (with(&[("NO_SUCH_KEY", "1")]), &["run"], 78, "SPIEGEL_NO_SUCH_KEY"),
+        (with(&[("COUCHDB_URL", "nonsense")]), &["run"], 78, "couchdb.url"),
+        (with(&[("DB_NAME", "Not/Legal!")]), &["install"], 78, "db_name"),
+        (with(&[("PASSWORDS_FILE", "/no/such/file")]), &["run"], 78, "/no/such/file"),
+        (with(&[("CONFIG", "/no/such/config.toml")]), &["run"], 78, "/no/such/config.toml"),
+        (with(&[("COUCHDB_URL", &gone)]), &["install"], 69, "127.0.0.1"),
+        (with(&[("COUCHDB_URL", &gone)]), &["uninstall"], 69, "127.0.0.1"),
+        (with(&[("COUCHDB_URL", &gone)]), &["check"], 69, "127.0.0.1"),
+        (with(&[("COUCHDB_URL", &gone), ("ADMIN_LISTEN", "")]), &["status"], 69, "127.0.0.1"),
+    ];
+    for (settings, arguments, code, text) in cases {
+        let output = one_shot(&settings, arguments).await;
+        assert_eq!(output.code, code, "{arguments:?} {settings:?}: {}", output.text);
+        assert!(output.text.contains(text), "{arguments:?} {settings:?} does not name {text:?}: {}", output.text);
+    }
+}
+
+#[tokio::test]
+async fn a_config_file_is_read_and_its_errors_name_the_key() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("spiegel.toml");
+    std::fs::write(&file, "db_name = \"x\"\n[feed]\nheartbeet = \"5s\"\nsweep_interval = 7\n").expect("written");
+    let output = one_shot(&with(&[("CONFIG", file.to_str().expect("text"))]), &["run"]).await;
+    assert_eq!(output.code, 78);
+    assert!(output.text.contains("heartbeet") && output.text.contains("feed.sweep_interval"), "{}", output.text);
+}
+
+async fn install_and_uninstall_may_be_given_twice(lab: Arc<Lab>) {
+    for _ in 0..2 {
+        let output = lab.run(&["install"]).await;
+        assert_eq!(output.code, 0, "{}", output.text);
+    }
+    assert!(lab.couch.exists(&lab.spiegel_db()).await);
+    let revs = lab.couch.all(&lab.spiegel_db()).await;
+    assert!(revs.values().all(|rev| rev.starts_with("1-")), "the second install wrote nothing: {revs:?}");
+    for _ in 0..2 {
+        let output = lab.run(&["uninstall"]).await;
+        assert_eq!(output.code, 0, "{}", output.text);
+        assert!(!lab.couch.exists(&lab.spiegel_db()).await);
+    }
+    let rows = lab.couch.all("_global_changes").await;
+    assert!(!rows.keys().any(|id| id.starts_with("_design/") && id.contains(&lab.prefix)), "the sieve is gone");
+}
+
+async fn install_leaves_what_is_there(lab: Arc<Lab>) {
+    lab.install().await;
+    let db = lab.create("posts").await;
+    let rev = lab.rule("rule", &db, "/hook", json!({})).await;
+    lab.install().await;
+    assert_eq!(lab.couch.get(&lab.spiegel_db(), "rule").await.expect("the rule")["_rev"], json!(rev));
+}
+
+async fn run_without_install_says_what_to_do(lab: Arc<Lab>) {
+    let output = lab.run(&["run"]).await;
+    assert_eq!(output.code, 78, "{}", output.text);
+    assert!(output.text.contains("install"), "{}", output.text);
+}
+
+async fn a_wrong_password_is_bad_config(lab: Arc<Lab>) {
+    // Not the admin's name: CouchDB locks a name for minutes after a few wrong passwords, for everybody.
+    let wrong = format!("http://{}:wrong@127.0.0.1:{}", lab.prefix, lab.couch.port());
+    for command in ["install", "check", "status", "uninstall"] {
+        let output = one_shot(&lab.settings_with(&[("COUCHDB_URL", &wrong), ("ADMIN_LISTEN", "")]), &[command]).await;
+        assert_eq!(output.code, 78, "{command}: {}", output.text);
+        assert!(!output.text.contains("wrong@"), "{}", output.text);
+    }
+}
+
+async fn the_admin_pages_answer(lab: Arc<Lab>) {
+    let db = lab.create("posts").await;
+    let spiegel = lab.spiegel().await;
+    lab.rule("rule", &db, "/hook", json!({})).await;
+    lab.couch.put(&db, "x", json!({})).await;
+    eventually(SOON, "a delivery", async || (lab.receiver.count("/hook") > 0).then_some(())).await;
+    for path in ["/live", "/ready", "/metrics", "/status"] {
+        let (status, page) = spiegel.page(path).await.expect("an answer");
+        assert_eq!(status, 200, "{path}: {page}");
+    }
+    let status: Value = serde_json::from_str(&spiegel.page("/status").await.expect("an answer").1).expect("JSON");
+    assert!(status.is_object(), "{status}");
+    assert!(spiegel.metric("webhook_deliveries").await >= 1.0);
+    assert!(spiegel.metric("feed_connected").await >= 1.0);
+    assert!(spiegel.metric("rules").await >= 1.0);
+}
+
+async fn check_names_what_is_wrong(lab: Arc<Lab>) {
+    lab.install().await;
+    let output = lab.run(&["check"]).await;
+    assert_eq!(output.code, 0, "{}", output.text);
+    lab.rule_on("matches_nothing", "^_user$", "/x", json!({})).await;
+    lab.spiegel_doc("broken_rule", json!({ "type": "on_change", "db_name": 7 })).await;
+    let output = lab.run(&["check"]).await;
+    assert!(output.text.contains("matches_nothing") && output.text.contains("broken_rule"), "{}", output.text);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn run_waits_for_a_couchdb_that_is_not_there_yet() {
+    let port = free_port();
+    let url = format!("http://admin:secret@127.0.0.1:{port}");
+    let mut spiegel = Spiegel::start_unready(with(&[("COUCHDB_URL", &url), ("LOG_FORMAT", "json")]));
+    spiegel.said(&["waiting for it"]).await;
+    assert!(spiegel.is_alive());
+    spiegel.signal("TERM");
+    let (status, _) = spiegel.wait_end(Duration::from_secs(5)).await;
+    assert_eq!(status.code(), Some(0));
+}
