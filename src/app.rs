@@ -347,7 +347,8 @@ impl Stopping {
         let _ = tokio::time::timeout(deadline / 2, ledger.room(1)).await;
 
         let mut spilled = Vec::new();
-        for db in ledger.cursor().owing() {
+        let owing = ledger.cursor().owing();
+        for db in owing {
             let (done, told) = oneshot::channel();
             let _ = directory.cast(directory::Message::Spill { db, done: Some(done) });
             spilled.push(told);

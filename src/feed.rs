@@ -322,7 +322,8 @@ impl Reader {
         let ledger = &self.arguments.ledger;
         if ledger.cursor().last_seen().is_some() {
             ledger.cursor().forget_fingerprints();
-            for db in ledger.cursor().owing() {
+            let owing = ledger.cursor().owing();
+            for db in owing {
                 ledger.cursor().release_all_of(&db);
                 let _ = self.arguments.directory.cast(directory::Message::Hint { db, instance: Instance::Unsure });
             }

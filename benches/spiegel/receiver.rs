@@ -77,7 +77,8 @@ impl Receiver {
         };
         let deadline = Instant::now() + Duration::from_secs(30);
         while Instant::now() < deadline {
-            if let Some(at) = find(&self.arrivals()) {
+            let found = find(&self.arrivals());
+            if let Some(at) = found {
                 return Ok(at);
             }
             tokio::time::sleep(Duration::from_millis(2)).await;
