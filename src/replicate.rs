@@ -4,6 +4,7 @@
 //! time without harm. Two runs of one replicator never overlap, and while one is under way at most one more waits.
 
 pub mod couchdb;
+pub mod native;
 
 pub use couchdb::CouchEngine;
 

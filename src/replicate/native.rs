@@ -1,0 +1,2 @@
+//! The replication protocol spoken by Spiegel itself, source to target.
+pub mod elements;
