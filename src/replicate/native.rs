@@ -1,2 +1,3 @@
 //! The replication protocol spoken by Spiegel itself, source to target.
+pub mod budget;
 pub mod elements;
