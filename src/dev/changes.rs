@@ -116,6 +116,7 @@ impl Filter {
                 let none = || Failure::bad_request("Selector error: expected a JSON object");
                 Self::selector(body.get("selector").filter(|selector| selector.is_object()).ok_or_else(none)?)
             }
+            Some("_view") => Err(Failure::not_implemented("views are not executed")),
             Some(name) => match name.split_once('/') {
                 Some((ddoc, _)) if db.has_live(&format!("_design/{ddoc}")) => {
                     Err(Failure::not_implemented("filters of design documents are not executed"))

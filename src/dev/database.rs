@@ -5,14 +5,17 @@
 //! change nothing and leave no row, and old bodies that are given back (CouchDB keeps them until it compacts).
 
 use super::answer::Failure;
-use super::incoming::Incoming;
+use super::incoming::{Incoming, Sent};
 use super::seq::{self, Since};
 use bytes::Bytes;
-use rouchdb_core::document::{AttachmentMeta, Document, Revision};
-use rouchdb_core::rev_tree::{RevTree, collect_leaves, rev_exists};
+use flate2::Compression;
+use flate2::write::GzEncoder;
+use rouchdb_core::document::{AttachmentMeta, Revision, attachment_digest};
+use rouchdb_core::rev_tree::{RevTree, collect_leaves, find_rev_ancestry, rev_exists};
 use rouchdb_core::write::{PlannedWrite, ReplicatedWrite, edit_parent, plan_new_edit, plan_replicated_edit};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::io::Write;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{SystemTime, UNIX_EPOCH};
 use tokio::sync::watch;
@@ -39,7 +42,7 @@ pub struct Notice {
     pub deleted: bool,
 }
 
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(super) struct Inner {
     pub docs: BTreeMap<Arc<str>, Doc>,
     pub by_seq: BTreeMap<u64, Arc<str>>,
@@ -50,6 +53,7 @@ pub(super) struct Inner {
     pub security: Option<Value>,
 }
 
+#[derive(Clone)]
 pub(super) struct Doc {
     pub tree: RevTree,
     pub seq: u64,
@@ -59,6 +63,7 @@ pub(super) struct Doc {
     pub stored: Vec<Stored>,
 }
 
+#[derive(Clone)]
 pub(super) struct Stored {
     pub rev: Revision,
     pub deleted: bool,
@@ -69,13 +74,38 @@ pub(super) struct Stored {
 
 #[derive(Debug, Clone)]
 pub struct Attachment {
+    /// Its digest is that of the bytes as CouchDB would keep them: compressed, where they are.
     pub meta: AttachmentMeta,
     pub data: Bytes,
+    /// What CouchDB keeps of a text, and sends to a reader that understands it.
+    pub zipped: Option<Bytes>,
 }
 
+#[derive(Clone)]
 pub(super) struct LocalDoc {
     pub rev: u64,
     pub body: Box<str>,
+}
+
+impl Attachment {
+    fn new(mut meta: AttachmentMeta, data: Bytes, zipped: Option<Bytes>) -> Self {
+        let zipped = zipped.or_else(|| is_compressible(&meta.content_type).then(|| zip(&data)).flatten());
+        if let Some(zipped) = &zipped {
+            meta.digest = attachment_digest(zipped);
+        }
+        Self { meta, data, zipped }
+    }
+}
+
+/// CouchDB's default `compressible_types`.
+fn is_compressible(content_type: &str) -> bool {
+    let kind = content_type.split(';').next().unwrap_or_default().trim();
+    kind.starts_with("text/") || matches!(kind, "application/javascript" | "application/json" | "application/xml")
+}
+
+fn zip(data: &[u8]) -> Option<Bytes> {
+    let mut encoder = GzEncoder::new(Vec::new(), Compression::best());
+    encoder.write_all(data).and_then(|()| encoder.finish()).map(Bytes::from).ok()
 }
 
 impl Doc {
@@ -83,9 +113,11 @@ impl Doc {
         self.stored.iter().find(|stored| stored.rev == *rev)
     }
 
-    fn attachment(&self, name: &str, digest: &str) -> Option<&Attachment> {
-        let named = self.stored.iter().rev().filter_map(|stored| stored.attachments.get(name));
-        named.into_iter().find(|attachment| digest.is_empty() || attachment.meta.digest == digest)
+    /// What a stub of a new revision with this history stands for: CouchDB looks at the nearest ancestor whose body it has, and
+    /// at nothing of the stub but its name and its revpos.
+    fn kept(&self, history: &[Revision], name: &str, revpos: u64) -> Option<&Attachment> {
+        let nearest = history.iter().skip(1).find_map(|rev| self.stored(rev))?;
+        nearest.attachments.get(name).filter(|kept| revpos == 0 || revpos == kept.meta.revpos)
     }
 }
 
@@ -94,6 +126,18 @@ impl Database {
         let started_secs = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let notice = watch::Sender::new(Notice::default());
         Self { name: name.into(), instance: fastrand::u64(..), started_secs, revs_limit, inner: RwLock::default(), notice }
+    }
+
+    /// Everything in it, as a copy of its files would have it: the seqs and the local documents too.
+    pub fn copy(&self) -> Self {
+        let inner = RwLock::new(self.read().clone());
+        let notice = watch::Sender::new(Notice { update_seq: self.read().update_seq, deleted: false });
+        Self { name: self.name.clone(), inner, notice, ..*self }
+    }
+
+    /// Another life of it, empty, that began in the same second.
+    pub fn remade(&self) -> Self {
+        Self { started_secs: self.started_secs, ..Self::new(&self.name, self.revs_limit) }
     }
 
     pub(super) fn read(&self) -> RwLockReadGuard<'_, Inner> {
@@ -153,10 +197,9 @@ impl Database {
     /// Writes one document; tells whether anything changed.
     pub fn put(&self, incoming: Incoming, new_edits: bool) -> Result<(Revision, bool), Failure> {
         let mut inner = self.write();
-        let Incoming { document } = incoming;
         let written = match new_edits {
-            true => inner.edit(document, self.revs_limit).map(|rev| (rev, true)),
-            false => inner.replicate(document, self.revs_limit),
+            true => inner.edit(incoming, self.revs_limit).map(|rev| (rev, true)),
+            false => inner.replicate(incoming, self.revs_limit),
         }?;
         let update_seq = inner.update_seq;
         drop(inner);
@@ -179,28 +222,32 @@ impl Database {
 }
 
 impl Inner {
-    fn edit(&mut self, document: Document, revs_limit: u64) -> Result<Revision, Failure> {
+    fn edit(&mut self, incoming: Incoming, revs_limit: u64) -> Result<Revision, Failure> {
+        let Incoming { document, sent } = incoming;
         let existing = self.docs.get(document.id.as_str());
         let tree = existing.map(|doc| &doc.tree);
         let parent = edit_parent(tree, &document);
         let of_parent = existing.zip(parent).and_then(|(doc, rev)| doc.stored(&rev)).map(|stored| metas(&stored.attachments));
         let planned = plan_new_edit(tree, document, of_parent.as_ref(), false, revs_limit).map_err(refusal)?;
-        self.store(planned)
+        self.store(planned, sent)
     }
 
-    fn replicate(&mut self, document: Document, revs_limit: u64) -> Result<(Revision, bool), Failure> {
+    fn replicate(&mut self, incoming: Incoming, revs_limit: u64) -> Result<(Revision, bool), Failure> {
+        let Incoming { document, sent } = incoming;
         let tree = self.docs.get(document.id.as_str()).map(|doc| &doc.tree);
         let known = document.rev.as_ref().zip(tree).is_some_and(|(rev, tree)| rev_exists(tree, rev.pos, &rev.hash));
         let rev = document.rev.clone();
         match plan_replicated_edit(tree, document, known, revs_limit).map_err(refusal)? {
-            ReplicatedWrite::Write(planned) => Ok((self.store(*planned)?, true)),
+            ReplicatedWrite::Write(planned) => Ok((self.store(*planned, sent)?, true)),
             ReplicatedWrite::AlreadyStored(_) => Ok((rev.unwrap_or_else(|| Revision::new(0, String::new())), false)),
         }
     }
 
-    fn store(&mut self, planned: PlannedWrite) -> Result<Revision, Failure> {
+    fn store(&mut self, planned: PlannedWrite, sent: Sent) -> Result<Revision, Failure> {
         let PlannedWrite { id, rev, tree, deleted, data, attachments, new_blobs, .. } = planned;
-        let attachments = self.blobs_of(&id, attachments, new_blobs)?;
+        let history = find_rev_ancestry(&tree, rev.pos, &rev.hash).unwrap_or_default();
+        let history: Vec<Revision> = (0..=rev.pos).rev().zip(history).map(|(pos, hash)| Revision::new(pos, hash)).collect();
+        let attachments = self.blobs_of(&id, &history, attachments, new_blobs, sent)?;
         let leaves = collect_leaves(&tree);
         let Some(winner) = leaves.first() else { return Err(Failure::new(500, "error", "a tree without leaves")) };
         let (winner, winner_deleted) = (Revision::new(winner.pos, winner.hash.clone()), winner.deleted);
@@ -231,22 +278,22 @@ impl Inner {
     fn blobs_of(
         &self,
         id: &str,
+        history: &[Revision],
         metas: HashMap<String, AttachmentMeta>,
-        sent: Vec<(String, Vec<u8>)>,
+        blobs: Vec<(String, Vec<u8>)>,
+        mut sent: Sent,
     ) -> Result<BTreeMap<String, Attachment>, Failure> {
-        let sent: HashMap<String, Bytes> = sent.into_iter().map(|(digest, bytes)| (digest, Bytes::from(bytes))).collect();
+        let blobs: HashMap<String, Bytes> = blobs.into_iter().map(|(digest, bytes)| (digest, Bytes::from(bytes))).collect();
         let mut attachments = BTreeMap::new();
-        for (name, mut meta) in metas {
-            let data = match sent.get(&meta.digest) {
-                Some(data) => data.clone(),
+        for (name, meta) in metas {
+            let attachment = match sent.remove(&name).zip(blobs.get(&meta.digest)) {
+                Some((zipped, data)) => Attachment::new(meta, data.clone(), zipped),
                 None => {
-                    let kept = self.docs.get(id).and_then(|doc| doc.attachment(&name, &meta.digest));
-                    let kept = kept.ok_or_else(|| missing_stub(id, &name))?;
-                    meta = kept.meta.clone();
-                    kept.data.clone()
+                    let kept = self.docs.get(id).and_then(|doc| doc.kept(history, &name, meta.revpos));
+                    kept.ok_or_else(|| missing_stub(id, &name))?.clone()
                 }
             };
-            attachments.insert(name, Attachment { meta, data });
+            attachments.insert(name, attachment);
         }
         Ok(attachments)
     }

@@ -69,6 +69,12 @@ pub fn database(server: &Server, call: &Call, name: &str) -> Answer {
     match call.method {
         Method::GET | Method::HEAD => Ok(json_value(200, &server.database(name)?.info())),
         Method::PUT => {
+            // Taken and not heeded: a database in memory has one shard.
+            for count in ["q", "n"] {
+                if call.query.get(count).is_some_and(|text| text.parse::<u32>().unwrap_or(0) == 0) {
+                    return Err(Failure::bad_request(format!("The `{count}` value should be a positive integer.")));
+                }
+            }
             server.create(name)?;
             Ok(with_location(json_value(201, &json!({"ok": true})), &url_of(server, call, &[name])))
         }

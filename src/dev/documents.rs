@@ -6,7 +6,7 @@ use super::databases::url_of;
 use super::global_changes::Event;
 use super::incoming::{Followed, Incoming, check_id, parse_rev};
 use super::multipart;
-use super::read::{DocOptions, Found};
+use super::read::{DocOptions, Found, Read};
 use super::request::Call;
 use super::server::Server;
 use axum::body::Body;
@@ -54,6 +54,8 @@ fn options(call: &Call) -> Result<DocOptions, Failure> {
         revs_info: call.query.is_true("revs_info"),
         conflicts: call.query.is_true("conflicts"),
         atts_since,
+        encoding_info: call.query.is_true("att_encoding_info"),
+        follows: false,
     })
 }
 
@@ -64,14 +66,17 @@ fn rev_of(call: &Call) -> Result<Option<Revision>, Failure> {
 fn get(db: &Database, call: &Call, id: &str) -> Answer {
     let mut options = options(call)?;
     let latest = call.query.is_true("latest");
+    let as_json = call.header("accept").contains("application/json");
     let Some(asked) = call.query.get("open_revs") else {
         check_id(id).map_err(|_| Failure::missing())?;
-        let (text, rev) = db.document(id, rev_of(call)?.as_ref(), latest, &options)?;
+        options.follows = !as_json;
+        let Read { text, rev, following } = db.document(id, rev_of(call)?.as_ref(), latest, &options)?;
         let same = format!("\"{rev}\"");
         if call.header("if-none-match") == same && !call.query.is_true("conflicts") {
             return Ok(with_etag(with_body(304, "application/json", Body::empty()), &rev));
         }
-        return Ok(with_etag(json_text(200, text), &rev));
+        let answer = if following.is_empty() { json_text(200, text) } else { multipart::related(&text, &following) };
+        return Ok(with_etag(answer, &rev));
     };
     let revs = match asked {
         "all" => None,
@@ -80,7 +85,6 @@ fn get(db: &Database, call: &Call, id: &str) -> Answer {
             Some(texts.iter().map(|rev| parse_rev(rev)).collect::<Result<Vec<_>, _>>()?)
         }
     };
-    let as_json = call.header("accept").contains("application/json");
     // In parts, CouchDB sends the attachments along without being asked; its replicator counts on them.
     options.attachments |= !as_json;
     let found = db.open_revs(id, revs.as_deref(), latest, &options).ok_or_else(Failure::missing)?;
@@ -113,12 +117,19 @@ fn put(server: &Server, db: &Database, call: &Call, id: &str) -> Answer {
     }
     let incoming = Incoming::parse_with(value, new_edits, &followed)?;
     let status = if incoming.document.deleted { 200 } else { 201 };
+    may_be_written(server, db, &incoming)?;
     let (rev, changed) = db.put(incoming, new_edits)?;
     if changed {
         server.record(Event::Updated, &db.name);
     }
     let answer = json_value(status, &json!({"ok": true, "id": id, "rev": rev.to_string()}));
     Ok(with_location(with_etag(answer, &rev.to_string()), &url_of(server, call, &[&db.name, id])))
+}
+
+fn may_be_written(server: &Server, db: &Database, incoming: &Incoming) -> Result<(), Failure> {
+    let Document { id, data, .. } = &incoming.document;
+    let too_large = server.faults.too_large(id, || data.to_string().len());
+    too_large.or_else(|| server.faults.refusal(&db.name, id)).map_or(Ok(()), Err)
 }
 
 fn delete(server: &Server, db: &Database, call: &Call, id: &str) -> Answer {
@@ -132,6 +143,7 @@ fn delete(server: &Server, db: &Database, call: &Call, id: &str) -> Answer {
         return Err(Failure::conflict());
     }
     let incoming = Incoming::parse(json!({"_id": id, "_rev": rev, "_deleted": true}), true)?;
+    may_be_written(server, db, &incoming)?;
     let (rev, _) = db.put(incoming, true)?;
     server.record(Event::Updated, &db.name);
     Ok(with_etag(json_value(200, &json!({"ok": true, "id": id, "rev": rev.to_string()})), &rev.to_string()))
@@ -146,6 +158,7 @@ pub fn post(server: &Server, call: &Call, name: &str) -> Answer {
         let rev = write_local(&db, &incoming.document)?;
         return Ok(json_value(201, &json!({"ok": true, "id": id, "rev": rev})));
     }
+    may_be_written(server, &db, &incoming)?;
     let (rev, _) = db.put(incoming, true)?;
     server.record(Event::Updated, &db.name);
     let answer = json_value(201, &json!({"ok": true, "id": id, "rev": rev.to_string()}));
@@ -221,17 +234,34 @@ pub(super) fn write_bulk(server: &Server, db: &Database, mut body: Value) -> Res
         None => return Err(Failure::bad_request("Request body must be a JSON object")),
     };
     let parsed: Vec<Incoming> = docs.into_iter().map(|doc| Incoming::parse(doc, new_edits)).collect::<Result<_, _>>()?;
+    let too_large = |incoming: &Incoming| {
+        let Document { id, data, .. } = &incoming.document;
+        server.faults.too_large(id, || data.to_string().len())
+    };
+    if let Some(failure) = parsed.iter().find_map(too_large) {
+        return Err(failure);
+    }
     let mut rows = Vec::new();
     let mut any_changed = false;
     let mut whole = Ok(());
     for incoming in parsed {
         let id = incoming.document.id.clone();
         if id.starts_with("_local/") {
-            let rev = write_local(db, &incoming.document)?;
-            rows.push(json!({"ok": true, "id": id, "rev": rev}));
+            // Deleting what is not there is fine here, and only here.
+            let row = match write_local(db, &incoming.document) {
+                Err(failure) if failure.status == 404 => json!({"ok": true, "id": id, "rev": "0-0"}),
+                Err(failure) => json!({"id": id, "error": "error", "reason": failure.reason}),
+                Ok(rev) => json!({"ok": true, "id": id, "rev": rev}),
+            };
+            rows.extend((new_edits || row.get("error").is_some()).then_some(row));
             continue;
         }
-        match db.put(incoming, new_edits) {
+        let rev = incoming.document.rev.as_ref().filter(|_| !new_edits).map(Revision::to_string);
+        let written = match server.faults.refusal(&db.name, &id) {
+            Some(refusal) => Err(refusal),
+            None => db.put(incoming, new_edits),
+        };
+        match written {
             Ok((rev, changed)) => {
                 any_changed |= changed;
                 if new_edits {
@@ -242,7 +272,13 @@ pub(super) fn write_bulk(server: &Server, db: &Database, mut body: Value) -> Res
                 whole = Err(failure);
                 break;
             }
-            Err(failure) => rows.push(json!({"id": id, "error": failure.error, "reason": failure.reason})),
+            Err(failure) => {
+                let mut row = json!({"id": id, "error": failure.error, "reason": failure.reason});
+                if let Some(rev) = rev {
+                    row["rev"] = json!(rev);
+                }
+                rows.push(row);
+            }
         }
     }
     if any_changed {

@@ -39,6 +39,19 @@ pub struct FaultRule {
     pub cut_after_bytes: Option<usize>,
 }
 
+/// Documents that are refused, one by one, as a `validate_doc_update` does.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Refusal {
+    /// None is any.
+    pub db: Option<String>,
+    /// The document's id begins with it.
+    pub id: String,
+    /// A document's own 401, and not a 403.
+    #[serde(default)]
+    pub unauthorized: bool,
+}
+
 /// What one request meets.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Met {
@@ -61,6 +74,8 @@ struct Inner {
     lose_rows: u64,
     lose_rows_of: HashSet<String>,
     down: bool,
+    refusals: Vec<Refusal>,
+    document_bytes_max: Option<usize>,
     /// Ends every open connection.
     connections: CancellationToken,
 }
@@ -85,6 +100,23 @@ impl Faults {
     /// `_global_changes` loses every row of this database, until `clear`.
     pub fn lose_rows_of(&self, db: &str) {
         self.lock().lose_rows_of.insert(db.into());
+    }
+
+    /// Documents of this database whose id begins so are refused, until `clear`.
+    pub fn refuse(&self, db: &str, id: &str) {
+        self.add_refusal(Refusal { db: Some(db.into()), id: id.into(), unauthorized: false });
+    }
+
+    fn add_refusal(&self, refusal: Refusal) {
+        let mut inner = self.lock();
+        if inner.refusals.len() < RULES_MAX {
+            inner.refusals.push(refusal);
+        }
+    }
+
+    /// CouchDB's `max_document_size`.
+    pub fn limit_documents(&self, bytes_max: usize) {
+        self.lock().document_bytes_max = Some(bytes_max);
     }
 
     pub fn add(&self, rule: FaultRule) {
@@ -152,6 +184,9 @@ impl Faults {
             lose_rows_of: Vec<String>,
             #[serde(default)]
             rules: Vec<FaultRule>,
+            #[serde(default)]
+            refuse: Vec<Refusal>,
+            document_bytes_max: Option<usize>,
             silent: Option<bool>,
             #[serde(default)]
             cut_connections: bool,
@@ -166,6 +201,10 @@ impl Faults {
             self.lose_rows(count);
         }
         asked.rules.into_iter().for_each(|rule| self.add(rule));
+        asked.refuse.into_iter().for_each(|refusal| self.add_refusal(refusal));
+        if let Some(bytes_max) = asked.document_bytes_max {
+            self.limit_documents(bytes_max);
+        }
         if let Some(silent) = asked.silent {
             self.silence(silent);
         }
@@ -195,6 +234,21 @@ impl Faults {
         }
         inner.rules.retain(|rule| rule.times != Some(0));
         met
+    }
+
+    /// Why this document is not written.
+    pub(super) fn refusal(&self, db: &str, id: &str) -> Option<Failure> {
+        let inner = self.lock();
+        let refused = |refusal: &&Refusal| refusal.db.as_deref().is_none_or(|of| of == db) && id.starts_with(&refusal.id);
+        let refusal = inner.refusals.iter().find(refused)?;
+        let (status, error) = if refusal.unauthorized { (401, "unauthorized") } else { (403, "forbidden") };
+        Some(Failure::new(status, error, "a refusal that was asked for"))
+    }
+
+    /// Why nothing of a request with this document is written.
+    pub(super) fn too_large(&self, id: &str, bytes: impl FnOnce() -> usize) -> Option<Failure> {
+        let bytes_max = self.lock().document_bytes_max?;
+        (bytes() > bytes_max).then(|| Failure::new(413, "document_too_large", id.to_string()))
     }
 
     pub(super) fn takes_rewind(&self, db: &str) -> bool {

@@ -6,7 +6,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use flate2::read::GzDecoder;
-use rouchdb_core::document::{AttachmentMeta, Document, Revision};
+use rouchdb_core::document::{AttachmentMeta, Document, Revision, attachment_digest};
 use serde_json::{Map, Value};
 use std::collections::HashMap;
 use std::io::Read;
@@ -18,7 +18,11 @@ const UNZIPPED_BYTES_MAX: u64 = 256 * 1024 * 1024;
 #[derive(Debug, Clone)]
 pub struct Incoming {
     pub document: Document,
+    pub sent: Sent,
 }
+
+/// The attachments whose bytes came along, by name; these bytes compressed, where they came so.
+pub type Sent = HashMap<String, Option<Bytes>>;
 
 /// Attachments that followed a document in a multipart body, by name.
 pub type Followed = HashMap<String, Bytes>;
@@ -34,12 +38,13 @@ impl Incoming {
         let mut document = Document::default();
         let mut body = Map::new();
         let mut revisions = None;
+        let mut sent = Sent::new();
         for (key, value) in members {
             match key.as_str() {
                 "_id" => document.id = parse_id(value)?,
                 "_rev" => document.rev = Some(parse_rev_value(&value)?),
                 "_deleted" => document.deleted = value.as_bool().ok_or_else(|| bad_member("_deleted"))?,
-                "_attachments" => document.attachments = parse_attachments(value, followed)?,
+                "_attachments" => document.attachments = parse_attachments(value, followed, &mut sent)?,
                 "_revisions" => revisions = Some(parse_revisions(&value)?),
                 "_conflicts" | "_deleted_conflicts" | "_revs_info" | "_local_seq" => {}
                 // What the replicator's own documents carry.
@@ -63,7 +68,7 @@ impl Incoming {
             document.rev = Some(rev);
         }
         document.data = Value::Object(body);
-        Ok(Self { document })
+        Ok(Self { document, sent })
     }
 }
 
@@ -129,12 +134,12 @@ fn ancestry(rev: Option<Revision>, revisions: Option<(u64, Vec<String>)>) -> Res
     }
 }
 
-fn parse_attachments(value: Value, followed: &Followed) -> Result<HashMap<String, AttachmentMeta>, Failure> {
+fn parse_attachments(value: Value, followed: &Followed, sent: &mut Sent) -> Result<HashMap<String, AttachmentMeta>, Failure> {
     let Value::Object(members) = value else { return Err(bad_member("_attachments")) };
-    members.into_iter().map(|(name, value)| parse_attachment(&name, &value, followed).map(|meta| (name, meta))).collect()
+    members.into_iter().map(|(name, value)| parse_attachment(&name, &value, followed, sent).map(|meta| (name, meta))).collect()
 }
 
-fn parse_attachment(name: &str, value: &Value, followed: &Followed) -> Result<AttachmentMeta, Failure> {
+fn parse_attachment(name: &str, value: &Value, followed: &Followed, sent: &mut Sent) -> Result<AttachmentMeta, Failure> {
     let invalid = || Failure::bad_request(format!("Invalid attachment data for {name}"));
     let text = |key: &str| value.get(key).and_then(Value::as_str);
     let number = |key: &str| value.get(key).and_then(Value::as_u64).unwrap_or(0);
@@ -152,15 +157,25 @@ fn parse_attachment(name: &str, value: &Value, followed: &Followed) -> Result<At
             ..Default::default()
         });
     }
-    let data = match is("follows") {
-        true if text("encoding") == Some("gzip") => unzipped(followed.get(name).ok_or_else(invalid)?).ok_or_else(invalid)?,
-        true => followed.get(name).ok_or_else(invalid)?.to_vec(),
-        false => text("data").and_then(|data| STANDARD.decode(data).ok()).ok_or_else(invalid)?,
+    let (data, zipped) = match is("follows") {
+        true => {
+            let follower = followed.get(name).ok_or_else(invalid)?;
+            // CouchDB's own words for it.
+            if text("digest").is_some_and(|digest| digest != attachment_digest(follower)) {
+                return Err(Failure::new(500, "unknown_error", "function_clause"));
+            }
+            match text("encoding") == Some("gzip") {
+                true => (unzipped(follower).ok_or_else(invalid)?, Some(follower.clone())),
+                false => (follower.to_vec(), None),
+            }
+        }
+        false => (text("data").and_then(|data| STANDARD.decode(data).ok()).ok_or_else(invalid)?, None),
     };
+    sent.insert(name.into(), zipped);
     Ok(AttachmentMeta { revpos: number("revpos"), ..AttachmentMeta::new(content_type, data) })
 }
 
-/// CouchDB keeps texts compressed and sends them so; here they are kept as they are read.
+/// CouchDB keeps texts compressed and sends them so.
 fn unzipped(data: &Bytes) -> Option<Vec<u8>> {
     let mut plain = Vec::new();
     let read = GzDecoder::new(&data[..]).take(UNZIPPED_BYTES_MAX + 1).read_to_end(&mut plain).ok()?;

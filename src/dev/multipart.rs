@@ -2,6 +2,7 @@
 //! `multipart/mixed` as it reads open revisions.
 
 use super::answer::{Failure, with_body};
+use super::database::Attachment;
 use super::incoming::{Followed, new_id};
 use super::read::Found;
 use axum::body::Body;
@@ -94,6 +95,25 @@ fn file_name(head: &str) -> Option<String> {
     let line = head.lines().find(|line| line.to_ascii_lowercase().starts_with("content-disposition:"))?;
     let name = line.split("filename=\"").nth(1)?.split('"').next()?;
     Some(name.to_string())
+}
+
+/// A document and the attachments that its text announces; those that are kept compressed go as they are.
+pub fn related(text: &str, following: &[(String, Attachment)]) -> Response {
+    let boundary = new_id();
+    let mut body = format!("--{boundary}\r\nContent-Type: application/json\r\n\r\n{text}").into_bytes();
+    for (name, attachment) in following {
+        let data = attachment.zipped.as_ref().unwrap_or(&attachment.data);
+        let coding = if attachment.zipped.is_some() { "\r\nContent-Encoding: gzip" } else { "" };
+        let (kind, length) = (&attachment.meta.content_type, data.len());
+        let head = format!(
+            "\r\n--{boundary}\r\nContent-Disposition: attachment; filename=\"{name}\"\r\nContent-Type: {kind}\r\n\
+             Content-Length: {length}{coding}\r\n\r\n"
+        );
+        body.extend_from_slice(head.as_bytes());
+        body.extend_from_slice(data);
+    }
+    body.extend_from_slice(format!("\r\n--{boundary}--").as_bytes());
+    with_body(200, &format!("multipart/related; boundary=\"{boundary}\""), Body::from(body))
 }
 
 /// Open revisions for a client that does not ask for JSON.

@@ -21,8 +21,19 @@ pub struct DocOptions {
     pub revs: bool,
     pub revs_info: bool,
     pub conflicts: bool,
-    /// Attachments older than this are stubs even where attachments are asked for.
+    /// Attachments that these revisions have already are stubs; naming any asks for the others.
     pub atts_since: Vec<Revision>,
+    /// How an attachment is kept, beside its own length.
+    pub encoding_info: bool,
+    /// Attachments are announced instead of written in base64: they come after the document.
+    pub follows: bool,
+}
+
+/// One revision of a document, and the attachments that its text announces.
+pub struct Read {
+    pub text: String,
+    pub rev: String,
+    pub following: Vec<(String, Attachment)>,
 }
 
 /// A revision's text, or the name of one that is not here.
@@ -43,26 +54,23 @@ pub struct Listing {
 }
 
 impl Database {
-    /// The winner, or one revision; with its revision for the ETag.
-    pub fn document(
-        &self,
-        id: &str,
-        rev: Option<&Revision>,
-        latest: bool,
-        options: &DocOptions,
-    ) -> Result<(String, String), Failure> {
+    /// The winner, or one revision. With `latest`, CouchDB 3.5 answers the winner whatever revision is asked for.
+    pub fn document(&self, id: &str, rev: Option<&Revision>, latest: bool, options: &DocOptions) -> Result<Read, Failure> {
         let inner = self.read();
         let doc = inner.docs.get(id).ok_or_else(Failure::missing)?;
         let rev = match rev {
             None if doc.deleted => return Err(Failure::new(404, "not_found", "deleted")),
             None => doc.winner.clone(),
-            Some(rev) if latest => leaves_below(&doc.tree, rev).into_iter().next().unwrap_or_else(|| rev.clone()),
+            Some(_) if latest => doc.winner.clone(),
             Some(rev) => rev.clone(),
         };
         let stored = doc.stored(&rev).ok_or_else(Failure::missing)?;
+        let following = following(doc, stored, options);
+        let mut options = options.clone();
+        options.follows &= !following.is_empty();
         let mut text = String::new();
-        push_doc(&mut text, id, doc, stored, options);
-        Ok((text, rev.to_string()))
+        push_doc(&mut text, id, doc, stored, &options);
+        Ok(Read { text, rev: rev.to_string(), following: if options.follows { following } else { Vec::new() } })
     }
 
     /// The leaves (`revs` None) or the named revisions; `latest` puts a revision's leaves in its place.
@@ -403,7 +411,7 @@ pub(super) fn push_doc(out: &mut String, id: &str, doc: &Doc, stored: &Stored, o
         }
     }
     if !stored.attachments.is_empty() {
-        let known_up_to = options.atts_since.iter().map(|rev| rev.pos).filter(|pos| *pos <= stored.rev.pos).max();
+        let known_up_to = known_up_to(doc, stored, options);
         out.push_str(",\"_attachments\":{");
         for (n, (name, attachment)) in stored.attachments.iter().enumerate() {
             if n > 0 {
@@ -411,22 +419,50 @@ pub(super) fn push_doc(out: &mut String, id: &str, doc: &Doc, stored: &Stored, o
             }
             push_json_string(out, name);
             out.push(':');
-            push_attachment(out, attachment, options.attachments && known_up_to.is_none_or(|pos| attachment.meta.revpos > pos));
+            push_attachment(out, attachment, goes_along(attachment, known_up_to, options), options);
         }
         out.push('}');
     }
     out.push('}');
 }
 
-fn push_attachment(out: &mut String, attachment: &Attachment, inline: bool) {
+/// The newest generation of this revision's own history that the reader says it has.
+fn known_up_to(doc: &Doc, stored: &Stored, options: &DocOptions) -> Option<u64> {
+    if options.atts_since.is_empty() {
+        return None;
+    }
+    let history = find_rev_ancestry(&doc.tree, stored.rev.pos, &stored.rev.hash)?;
+    let in_history = |rev: &&Revision| {
+        let back = stored.rev.pos.checked_sub(rev.pos).and_then(|back| usize::try_from(back).ok());
+        back.and_then(|back| history.get(back)).is_some_and(|hash| *hash == rev.hash)
+    };
+    options.atts_since.iter().filter(in_history).map(|rev| rev.pos).max()
+}
+
+fn goes_along(attachment: &Attachment, known_up_to: Option<u64>, options: &DocOptions) -> bool {
+    let asked = options.attachments || !options.atts_since.is_empty();
+    asked && known_up_to.is_none_or(|pos| attachment.meta.revpos > pos)
+}
+
+fn following(doc: &Doc, stored: &Stored, options: &DocOptions) -> Vec<(String, Attachment)> {
+    let known_up_to = known_up_to(doc, stored, options);
+    let going = stored.attachments.iter().filter(|(_, attachment)| goes_along(attachment, known_up_to, options));
+    going.map(|(name, attachment)| (name.clone(), attachment.clone())).collect()
+}
+
+fn push_attachment(out: &mut String, attachment: &Attachment, goes_along: bool, options: &DocOptions) {
     let meta = &attachment.meta;
     let mut value = json!({"content_type": meta.content_type, "revpos": meta.revpos, "digest": meta.digest});
-    match inline {
-        true => value["data"] = json!(STANDARD.encode(&attachment.data)),
-        false => {
+    match (goes_along, options.follows) {
+        (true, false) => value["data"] = json!(STANDARD.encode(&attachment.data)),
+        (_, follows) => {
             value["length"] = json!(meta.length);
-            value["stub"] = json!(true);
+            value[if goes_along && follows { "follows" } else { "stub" }] = json!(true);
         }
+    }
+    if let Some(zipped) = attachment.zipped.as_ref().filter(|_| options.encoding_info || options.follows) {
+        value["encoding"] = json!("gzip");
+        value["encoded_length"] = json!(zipped.len());
     }
     let _ = write!(out, "{value}");
 }

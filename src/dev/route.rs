@@ -162,6 +162,17 @@ fn own(server: &Server, call: &Call, path: &[&str]) -> Answer {
             server.faults.clear();
             Ok(json_value(200, &json!({"ok": true})))
         }
+        ("POST", ["snapshot" | "restore" | "remake"]) => {
+            let body = call.posted_json()?;
+            let db =
+                body.get("db").and_then(serde_json::Value::as_str).ok_or_else(|| Failure::bad_request("`db` must be a name"))?;
+            match path {
+                ["snapshot"] => server.snapshot(db)?,
+                ["restore"] => server.restore(db)?,
+                _ => server.remake(db)?,
+            }
+            Ok(json_value(200, &json!({"ok": true})))
+        }
         ("GET", ["requests"]) => Ok(json_value(200, &json!(server.counts()))),
         ("DELETE", ["requests"]) => {
             server.reset_counts();

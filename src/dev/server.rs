@@ -28,6 +28,8 @@ pub struct Server {
     /// What the cookie of `POST /_session` holds.
     session: SecretString,
     databases: RwLock<BTreeMap<String, Arc<Database>>>,
+    /// Older copies of databases, by name.
+    copies: Mutex<BTreeMap<String, Arc<Database>>>,
     pub global_changes: GlobalChanges,
     pub faults: Faults,
     pub closing: CancellationToken,
@@ -52,6 +54,7 @@ impl Server {
             password: options.password,
             session: new_id().into(),
             databases: RwLock::new(SYSTEM_NAMES.map(new_database).into()),
+            copies: Mutex::default(),
             global_changes: GlobalChanges::default(),
             faults: Faults::default(),
             closing: CancellationToken::new(),
@@ -83,6 +86,40 @@ impl Server {
         removed.ok_or_else(Failure::no_database)?.mark_deleted();
         self.record(Event::Deleted, name);
         Ok(())
+    }
+
+    /// Keeps a copy of a database as it is now, instead of an earlier one.
+    pub fn snapshot(&self, name: &str) -> Result<(), Failure> {
+        let copy = Arc::new(self.database(name)?.copy());
+        self.copies.lock().unwrap_or_else(PoisonError::into_inner).insert(name.into(), copy);
+        Ok(())
+    }
+
+    /// Puts the copy in the database's place, as an operator does with files: no change is told of. The copy may be put back again.
+    pub fn restore(&self, name: &str) -> Result<(), Failure> {
+        let copies = self.copies.lock().unwrap_or_else(PoisonError::into_inner);
+        let copy = copies.get(name).ok_or_else(|| Failure::new(404, "not_found", "no snapshot of this database"))?.copy();
+        drop(copies);
+        self.replace(name, copy);
+        Ok(())
+    }
+
+    /// Deletes a database and makes it again within one second: its `instance_start_time` stays.
+    pub fn remake(&self, name: &str) -> Result<(), Failure> {
+        let remade = self.database(name)?.remade();
+        self.replace(name, remade);
+        self.record(Event::Deleted, name);
+        self.record(Event::Created, name);
+        Ok(())
+    }
+
+    fn replace(&self, name: &str, by: Database) {
+        let mut databases = self.databases.write().unwrap_or_else(PoisonError::into_inner);
+        let old = databases.insert(name.into(), Arc::new(by));
+        drop(databases);
+        if let Some(old) = old {
+            old.mark_deleted();
+        }
     }
 
     /// Notes what happened for `_global_changes`, which does not record itself, nor anything while it does not exist.

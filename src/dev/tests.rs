@@ -587,3 +587,197 @@ async fn an_attachment_that_was_sent_compressed_is_read_plain() {
     assert_eq!(request.body(body).send().await.expect("an answer").status(), 201);
     assert_eq!(c.request(Method::GET, "a/d/t").send().await.expect("an answer").text().await.expect("a body"), "hello");
 }
+
+/// Three attachments of three generations, one of them a text: `a` at 3-c.
+async fn with_attachments(c: &Client) {
+    let attachment = |kind: &str, data: &str, revpos: u64| json!({"content_type": kind, "data": data, "revpos": revpos});
+    let attachments = json!({
+        "t": attachment("text/plain", "aGVsbG8=", 1), "e": attachment("image/png", "", 2), "b": attachment("image/png", "AAEC", 3),
+    });
+    let docs = json!({"new_edits": false, "docs": [
+        {"_id": "a", "_rev": "3-c", "_revisions": {"start": 3, "ids": ["c", "b", "a"]}, "_attachments": attachments},
+        {"_id": "a", "_rev": "3-d", "_revisions": {"start": 3, "ids": ["d", "b", "a"]}},
+    ]});
+    assert_eq!(c.post("a/_bulk_docs", docs).await, (201, json!([])));
+}
+
+/// Which attachments of a document come along, which are stubs.
+fn with_data(doc: &Value) -> Vec<&str> {
+    let attachments = doc["_attachments"].as_object().expect("attachments").iter();
+    attachments.filter(|(_, attachment)| attachment["stub"].is_null()).map(|(name, _)| name.as_str()).collect()
+}
+
+#[tokio::test]
+async fn only_attachments_that_the_reader_lacks_come_along() {
+    let c = start().await.with_database("a").await;
+    with_attachments(&c).await;
+    let cases = [
+        (json!(["3-c"]), vec![]),
+        (json!(["2-b"]), vec!["b"]),
+        (json!(["1-a"]), vec!["b", "e"]),
+        (json!(["1-a", "2-b"]), vec!["b"]),
+        (json!(["2-zz"]), vec!["b", "e", "t"]),
+        (json!([]), vec![]),
+    ];
+    for (since, expected) in cases {
+        let asked = json!({"docs": [{"id": "a", "rev": "3-c", "atts_since": since}]});
+        let (_, got) = c.post("a/_bulk_get?revs=true&latest=true", asked).await;
+        assert_eq!(with_data(&got["results"][0]["docs"][0]["ok"]), expected, "{since}");
+        let got = c.get(&format!("a/a?rev=3-c&atts_since={}", crate::couch::encode_segment(&since.to_string()))).await;
+        assert_eq!(with_data(&got), expected, "{since}");
+    }
+    let (_, got) = c.post("a/_bulk_get?attachments=true", json!({"docs": [{"id": "a", "rev": "3-c"}]})).await;
+    assert_eq!(with_data(&got["results"][0]["docs"][0]["ok"]), ["b", "e", "t"]);
+    assert_eq!(c.get("a/a?rev=3-c&latest=true").await["_rev"], "3-d", "the winner, as CouchDB 3.5 answers");
+}
+
+#[tokio::test]
+async fn a_document_travels_with_its_attachments_in_parts() {
+    let c = start().await.with_database("a").await.with_database("b").await;
+    with_attachments(&c).await;
+    let read = async |query: &str| {
+        let path = format!("a/a?rev=3-c&revs=true&attachments=true&att_encoding_info=true{query}");
+        let answer = c.request(Method::GET, &path).header("accept", "multipart/related").send().await.expect("an answer");
+        let kind = answer.headers()["content-type"].to_str().expect("text").to_string();
+        (kind, answer.bytes().await.expect("a body"))
+    };
+    let write = async |db: &str, (kind, body): (String, bytes::Bytes)| {
+        let request = c.request(Method::PUT, &format!("{db}/a?new_edits=false")).header("content-type", kind);
+        request.body(body).send().await.expect("an answer").status().as_u16()
+    };
+    let (kind, body) = read("").await;
+    assert!(kind.starts_with("multipart/related; boundary="), "{kind}");
+    let text = String::from_utf8_lossy(&body);
+    for expected in ["\"encoding\":\"gzip\"", "\"follows\":true", "\r\nContent-Encoding: gzip\r\n", "filename=\"e\""] {
+        assert!(text.contains(expected), "{expected} in {text}");
+    }
+    assert_eq!(write("b", (kind, body)).await, 201);
+    for path in ["a?rev=3-c&revs=true&attachments=true", "a?rev=3-c&att_encoding_info=true"] {
+        assert_eq!(c.get(&format!("a/{path}")).await, c.get(&format!("b/{path}")).await, "{path}");
+    }
+    // Nothing follows: plain JSON.
+    assert_eq!(read("&atts_since=%5B%223-c%22%5D").await.0, "application/json");
+    // What the reader has comes as a stub, which another database cannot resolve.
+    let c2 = c.with_database("c").await;
+    let path = "a/a?rev=3-c&revs=true&attachments=true&atts_since=%5B%222-b%22%5D";
+    let answer = c2.request(Method::GET, path).header("accept", "multipart/related").send().await.expect("an answer");
+    let kind = answer.headers()["content-type"].to_str().expect("text").to_string();
+    let body = answer.bytes().await.expect("a body");
+    let request = c2.request(Method::PUT, "c/a?new_edits=false").header("content-type", kind).body(body);
+    let refused = request.send().await.expect("an answer");
+    assert_eq!(refused.status(), 412);
+    assert!(refused.text().await.expect("a body").contains("missing_stub"));
+}
+
+#[tokio::test]
+async fn a_stub_stands_for_what_the_nearest_ancestor_has() {
+    let c = start().await.with_database("a").await;
+    with_attachments(&c).await;
+    let write = async |rev: &str, ids: &[&str], stub: Value| {
+        let revisions = json!({"start": ids.len(), "ids": ids});
+        let doc = json!({"_id": "a", "_rev": rev, "_revisions": revisions, "_attachments": {"b": stub}});
+        c.post("a/_bulk_docs", json!({"new_edits": false, "docs": [doc]})).await.0
+    };
+    let cases = [
+        ("4-e", &["e", "c", "b", "a"][..], json!({"stub": true, "revpos": 3, "digest": "md5-of-something-else"}), 201),
+        ("4-f", &["f", "c", "b", "a"], json!({"stub": true}), 201),
+        ("4-g", &["g", "c", "b", "a"], json!({"stub": true, "revpos": 2}), 412),
+        ("4-h", &["h", "d", "b", "a"], json!({"stub": true, "revpos": 3}), 412),
+        ("3-i", &["i", "b", "a"], json!({"stub": true, "revpos": 3}), 412),
+    ];
+    for (rev, ids, stub, status) in cases {
+        assert_eq!(write(rev, ids, stub).await, status, "{rev}");
+        assert_eq!(c.ask(Method::GET, &format!("a/a?rev={rev}"), None).await.0, if status == 201 { 200 } else { 404 }, "{rev}");
+    }
+    let digest = "md5-".to_string() + &base64::Engine::encode(&base64::engine::general_purpose::STANDARD, [0; 16]);
+    let doc = json!({"_rev": "1-a", "_attachments": {"x": {"follows": true, "length": 2, "digest": digest}}});
+    let request = c.request(Method::PUT, "a/wrong?new_edits=false").header("content-type", "multipart/related; boundary=x");
+    let body = format!("--x\r\n\r\n{doc}\r\n--x\r\n\r\nhi\r\n--x--");
+    assert_eq!(request.body(body).send().await.expect("an answer").status(), 500, "a digest of other bytes");
+}
+
+#[tokio::test]
+async fn local_documents_may_come_in_bulk() {
+    let c = start().await.with_database("a").await;
+    let docs = |docs: Value| json!({ "docs": docs });
+    let (_, rows) = c.post("a/_bulk_docs", docs(json!([{"_id": "_local/x"}, {"_id": "y"}]))).await;
+    assert_eq!((&rows[0], &rows[1]["id"]), (&json!({"ok": true, "id": "_local/x", "rev": "0-1"}), &json!("y")));
+    // No revision is compared.
+    let cases = [
+        (json!({"_id": "_local/x"}), json!({"ok": true, "id": "_local/x", "rev": "0-1"})),
+        (json!({"_id": "_local/x", "_rev": "0-77"}), json!({"ok": true, "id": "_local/x", "rev": "0-78"})),
+        (json!({"_id": "_local/x", "_rev": "0-z"}), json!({"id": "_local/x", "error": "error", "reason": "Invalid rev format"})),
+        (json!({"_id": "_local/x", "_deleted": true}), json!({"ok": true, "id": "_local/x", "rev": "0-0"})),
+        (json!({"_id": "_local/x", "_deleted": true}), json!({"ok": true, "id": "_local/x", "rev": "0-0"})),
+    ];
+    for (doc, row) in cases {
+        assert_eq!(c.post("a/_bulk_docs", docs(json!([doc]))).await, (201, json!([row])), "{doc}");
+    }
+    let replicated = json!({"new_edits": false, "docs": [{"_id": "_local/x", "_rev": "0-1"}]});
+    assert_eq!(c.post("a/_bulk_docs", replicated).await, (201, json!([])));
+    assert_eq!(c.get("a/_local/x").await["_rev"], "0-2");
+}
+
+#[tokio::test]
+async fn refused_documents_do_not_stop_the_others() {
+    let c = start().await.with_database("a").await;
+    c.server.faults().refuse("a", "bad");
+    let docs = json!([{"_id": "bad", "_rev": "1-a"}, {"_id": "good", "_rev": "1-a"}]);
+    let (status, rows) = c.post("a/_bulk_docs", json!({"new_edits": false, "docs": docs})).await;
+    let reason = "a refusal that was asked for";
+    assert_eq!((status, rows), (201, json!([{"id": "bad", "rev": "1-a", "error": "forbidden", "reason": reason}])));
+    assert_eq!(c.put("a/bad2?new_edits=false", json!({"_rev": "1-a"})).await.0, 403);
+    assert_eq!(c.ids("a/_changes").await, ["good"]);
+    assert_eq!(
+        c.post("_dev/faults", json!({"refuse": [{"id": "u", "unauthorized": true}], "document_bytes_max": 100})).await.0,
+        200
+    );
+    assert_eq!(c.put("a/u", json!({})).await.0, 401);
+    let docs = json!([{"_id": "small", "_rev": "1-a"}, {"_id": "large", "_rev": "1-a", "text": "x".repeat(200)}]);
+    let refused = c.post("a/_bulk_docs", json!({"new_edits": false, "docs": docs})).await;
+    assert_eq!(refused, (413, json!({"error": "document_too_large", "reason": "large"})));
+    assert_eq!(c.ids("a/_changes").await, ["good"], "nothing of that request is written");
+}
+
+#[tokio::test]
+async fn an_older_copy_comes_back_as_it_was() {
+    let c = start().await.with_database("a").await;
+    c.put("a/x", json!({})).await;
+    c.put("a/_local/l", json!({"v": 1})).await;
+    let seq = c.get("a/_changes").await["last_seq"].as_str().expect("a seq").to_string();
+    assert_eq!(c.post("_dev/snapshot", json!({"db": "a"})).await.0, 200);
+    c.put("a/y", json!({})).await;
+    c.put("a/_local/l", json!({"v": 2})).await;
+    let later = c.get("a/_changes").await["last_seq"].as_str().expect("a seq").to_string();
+    for _ in 0..2 {
+        assert_eq!(c.post("_dev/restore", json!({"db": "a"})).await.0, 200);
+        assert_eq!(c.ids("a/_changes").await, ["x"]);
+        assert_eq!(c.get("a/_local/l").await["v"], 1);
+        c.put("a/z", json!({})).await;
+        assert_eq!(c.ids(&format!("a/_changes?since={seq}")).await, ["z"], "an old seq is still one of this database");
+        assert!(c.ids(&format!("a/_changes?since={later}")).await.is_empty(), "a seq of the lost time hides what is new");
+    }
+    assert_eq!(c.post("_dev/restore", json!({"db": "b"})).await.0, 404);
+}
+
+#[tokio::test]
+async fn a_database_made_again_in_the_same_second() {
+    let c = start().await.with_database("a").await;
+    c.put("a/x", json!({})).await;
+    let before = c.get("a").await;
+    let old = c.get("a/_changes").await["last_seq"].as_str().expect("a seq").to_string();
+    assert_eq!(c.post("_dev/remake", json!({"db": "a"})).await.0, 200);
+    let after = c.get("a").await;
+    assert_eq!((&after["instance_start_time"], &after["doc_count"]), (&before["instance_start_time"], &json!(0)));
+    c.put("a/y", json!({})).await;
+    assert_eq!(c.ids(&format!("a/_changes?since={old}")).await, ["y"]);
+}
+
+#[tokio::test]
+async fn a_number_of_shards_is_taken_and_checked() {
+    let c = start().await;
+    assert_eq!(c.ask(Method::PUT, "a?q=2&n=1", None).await.0, 201);
+    let refused = c.ask(Method::PUT, "b?q=0", None).await;
+    assert_eq!(refused.1["reason"], "The `q` value should be a positive integer.");
+    assert_eq!(c.ask(Method::GET, "a/_changes?filter=_view&view=x/y", None).await.0, 501);
+}
