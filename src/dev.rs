@@ -26,7 +26,7 @@ mod session;
 #[cfg(test)]
 mod tests;
 
-pub use faults::{FaultRule, Faults};
+pub use faults::{FaultRule, Faults, Refusal};
 
 use anyhow::Context;
 use listen::CuttableListener;
