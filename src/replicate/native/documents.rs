@@ -9,7 +9,7 @@ use super::elements::{BulkGetElement, ChangesRow, Shallow, Splitter};
 use super::peer::{Peer, PeerError, Refused};
 use super::shared::{Document, Shared, pairs};
 use crate::couch::CouchError;
-use futures_util::stream::{StreamExt, TryStreamExt};
+use futures_util::stream::{Stream, StreamExt, TryStreamExt};
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -26,6 +26,10 @@ const WRITE_BYTES: usize = 1024 * 1024;
 const WRITE_DOCS: usize = 500;
 /// CouchDB takes documents of 8 MB by default; what is longer than this is read by nobody.
 const DOCUMENT_BYTES_MAX: usize = 256 * 1024 * 1024;
+/// Attachments that come inside their documents, in one answer.
+const INLINE_BATCH_BYTES: u64 = 512 * 1024;
+/// Documents of one page that pass through at once.
+const PIPES: usize = 2;
 /// Revisions for one `_revs_diff`.
 const DIFF_REVS: usize = 1_000;
 
@@ -165,12 +169,7 @@ impl Transfer {
     async fn large(&self, lacking: Lacking) -> Result<Counts> {
         let ancestors = &lacking.ancestors;
         let streams = pieces(lacking.revs, STREAM_REVS).map(|piece| self.stream(piece, ancestors));
-        let done = futures_util::stream::iter(streams).buffered(STREAMS);
-        done.try_fold(Counts::default(), async |mut sum, counts| {
-            sum += counts;
-            Ok(sum)
-        })
-        .await
+        sum(futures_util::stream::iter(streams).buffered(STREAMS)).await
     }
 
     /// Writes while it reads. Where the budget is used up it writes early, and then finishes one document beyond it.
@@ -254,33 +253,31 @@ impl Transfer {
 
     /// Small attachments come inside their documents, large ones pass through without being held.
     async fn attached(&self, attached: Vec<Attached>, ancestors: &HashMap<String, Vec<String>>) -> Result<Counts> {
-        let mut counts = Counts::default();
         let none = Vec::new();
-        for doc in attached {
-            let since = ancestors.get(&doc.id).unwrap_or(&none);
-            counts += match carry(&doc.shallow, since) {
-                // Read again where only stubs will come, too: alone, its stubs can be found missing without holding up others.
-                Carry::AsRead | Carry::Inline => self.inline(&doc, since).await?,
-                Carry::Stream => self.piped(&doc, since).await?,
-            };
+        let since = |doc: &Attached| ancestors.get(&doc.id).unwrap_or(&none).as_slice();
+        // Where only stubs will come it is read again, too: alone, its stubs can be found missing without holding up others.
+        let (large, small): (Vec<_>, Vec<_>) =
+            attached.into_iter().partition(|doc| carry(&doc.shallow, since(doc)) == Carry::Stream);
+        let mut counts = Counts::default();
+        for batch in batches(&small) {
+            counts += self.inline(batch, &since).await?;
         }
+        let mut piped = Vec::with_capacity(large.len());
+        for doc in &large {
+            piped.push(self.piped(doc, since(doc)));
+        }
+        let piped = futures_util::stream::iter(piped).buffered(PIPES);
+        counts += sum(piped).await?;
         Ok(counts)
     }
 
-    async fn inline(&self, doc: &Attached, since: &[String]) -> Result<Counts> {
+    async fn inline<'a>(&self, batch: &[Attached], since: &(dyn Fn(&Attached) -> &'a [String] + Sync)) -> Result<Counts> {
         let mut counts = Counts::default();
-        let held = self.budget.reserve(INLINE_BYTES_MAX * 2).await;
-        let asked = [json!({ "id": doc.id, "rev": doc.rev, "atts_since": since })];
-        let response = self.source.bulk_get(&asked, true).await?;
-        let Some(body) = self.source.read_at_most(response, DOCUMENT_BYTES_MAX).await? else {
-            return Err(TransferError::Document { which: "source", id: doc.id.clone(), reason: String::from("is too large") });
-        };
-        let (mut splitter, mut texts) = (Splitter::new(DOCUMENT_BYTES_MAX), Vec::new());
-        splitter.push(body, &mut texts).map_err(|error| self.unreadable(&error))?;
-        splitter.finish().map_err(|error| self.unreadable(&error))?;
+        let held = self.budget.reserve(INLINE_BATCH_BYTES * 2).await;
+        let question = |doc: &Attached| json!({ "id": doc.id, "rev": doc.rev, "atts_since": since(doc) });
+        let asked: Vec<Value> = batch.iter().map(question).collect();
         let mut docs = Vec::new();
-        for text in texts {
-            let element = BulkGetElement::parse(&text).map_err(|error| self.unreadable(&error))?;
+        for element in self.whole(&asked).await? {
             for text in element.docs.into_iter().flatten() {
                 let shallow = Shallow::parse(&text).map_err(|error| self.unreadable(&error))?;
                 counts.docs_read += 1;
@@ -290,16 +287,33 @@ impl Transfer {
         }
         let written = self.write_or_missing_stub(docs).await?;
         drop(held);
-        match written {
-            Some(written) => counts += written,
-            // What it was said to have is not there, or without its attachment: then all of them.
-            None if !since.is_empty() => return Box::pin(self.inline(doc, &[])).await,
-            None => {
+        match (written, batch) {
+            (Some(written), _) => counts += written,
+            // What the target was said to have is not there, or without its attachment: then all of them, one by one.
+            (None, [doc]) if since(doc).is_empty() => {
                 let reason = String::from("the target misses an attachment that was sent");
                 return Err(TransferError::Document { which: "target", id: doc.id.clone(), reason });
             }
+            (None, batch) => {
+                counts = Counts::default();
+                for doc in batch {
+                    counts += Box::pin(self.inline(std::slice::from_ref(doc), &|_| &[])).await?;
+                }
+            }
         }
         Ok(counts)
+    }
+
+    /// Documents with their attachments inside.
+    async fn whole(&self, asked: &[Value]) -> Result<Vec<BulkGetElement>> {
+        let response = self.source.bulk_get(asked, true).await?;
+        let Some(body) = self.source.read_at_most(response, DOCUMENT_BYTES_MAX).await? else {
+            return Err(self.source.error(CouchError::Malformed(String::from("_bulk_get: too large"))).into());
+        };
+        let (mut splitter, mut texts) = (Splitter::new(DOCUMENT_BYTES_MAX), Vec::new());
+        splitter.push(body, &mut texts).map_err(|error| self.unreadable(&error))?;
+        splitter.finish().map_err(|error| self.unreadable(&error))?;
+        texts.iter().map(|text| BulkGetElement::parse(text).map_err(|error| self.unreadable(&error))).collect()
     }
 
     async fn piped(&self, doc: &Attached, since: &[String]) -> Result<Counts> {
@@ -415,6 +429,29 @@ impl Refusal {
             _ => Refusal::Failure,
         }
     }
+}
+
+async fn sum(counts: impl Stream<Item = Result<Counts>>) -> Result<Counts> {
+    let add = async |mut sum: Counts, counts| {
+        sum += counts;
+        Ok(sum)
+    };
+    counts.try_fold(Counts::default(), add).await
+}
+
+/// Documents whose attachments come inside them, about as many as fit into one answer.
+fn batches(docs: &[Attached]) -> impl Iterator<Item = &[Attached]> {
+    let mut rest = docs;
+    std::iter::from_fn(move || {
+        let mut bytes = 0;
+        let fitting = rest.iter().take_while(|doc| {
+            bytes += doc.shallow.attachments.values().map(|info| info.length.unwrap_or(INLINE_BYTES_MAX)).sum::<u64>();
+            bytes <= INLINE_BATCH_BYTES
+        });
+        let (batch, others) = rest.split_at(fitting.count().clamp(1, WRITE_DOCS).min(rest.len()));
+        rest = others;
+        (!batch.is_empty()).then_some(batch)
+    })
 }
 
 fn count(revs: &Revs) -> u64 {

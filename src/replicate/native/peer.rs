@@ -8,7 +8,7 @@ use crate::couch::health::Health;
 use crate::couch::{CouchError, ReadError, Seq, chain_of, encode_doc_id, read_bounded, status_error};
 use crate::telemetry::{Metrics, RequestLabels};
 use bytes::Bytes;
-use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue};
+use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderValue};
 use reqwest::{Method, RequestBuilder, Response};
 use serde::Deserialize;
 use serde_json::value::RawValue;
@@ -394,17 +394,12 @@ impl Peer {
 
     /// Documents as they came from the source.
     pub async fn write(&self, docs: &[Bytes]) -> Result<Written> {
-        const BEGIN: &[u8] = br#"{"new_edits":false,"docs":["#;
-        let mut body = Vec::with_capacity(docs.iter().map(|doc| doc.len() + 1).sum::<usize>() + BEGIN.len() + 2);
-        body.extend_from_slice(BEGIN);
-        for (at, doc) in docs.iter().enumerate() {
-            if at > 0 {
-                body.push(b',');
-            }
-            body.extend_from_slice(doc);
-        }
-        body.extend_from_slice(b"]}");
-        let response = self.send("_bulk_docs", self.posted("_bulk_docs", body)).await?;
+        let body = bulk_body(docs);
+        let length: usize = body.iter().map(Bytes::len).sum();
+        let pieces = futures_util::stream::iter(body.into_iter().map(Ok::<_, std::convert::Infallible>));
+        // As the pieces that they are: a copy of everything would be memory that no budget knows of.
+        let request = self.posted("_bulk_docs", reqwest::Body::wrap_stream(pieces)).header(CONTENT_LENGTH, length);
+        let response = self.send("_bulk_docs", request).await?;
         let is_confirmed = response.status() != reqwest::StatusCode::ACCEPTED;
         let body = self.read(response).await?;
         let answers: Vec<Refused> = self.parsed("_bulk_docs", &body)?;
@@ -427,3 +422,16 @@ impl Peer {
 
 /// The longest silence within an answer of either side.
 pub const SILENCE_MAX: Duration = Duration::from_secs(60);
+
+fn bulk_body(docs: &[Bytes]) -> Vec<Bytes> {
+    let mut body = Vec::with_capacity(docs.len() * 2 + 1);
+    body.push(Bytes::from_static(br#"{"new_edits":false,"docs":["#));
+    for (at, doc) in docs.iter().enumerate() {
+        if at > 0 {
+            body.push(Bytes::from_static(b","));
+        }
+        body.push(doc.clone());
+    }
+    body.push(Bytes::from_static(b"]}"));
+    body
+}

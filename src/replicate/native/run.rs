@@ -176,9 +176,16 @@ impl Run<'_> {
         if let Some(position) = known
             && !is_new_target
             && position.anchor.holds(at_source.as_ref(), at_target.as_ref())
-            && let Ok(Some(page)) = page
         {
-            return Ok(Begin { page, since: position.since, anchor: Some(position.anchor), is_known: true });
+            match page {
+                Ok(Some(page)) => {
+                    return Ok(Begin { page, since: position.since, anchor: Some(position.anchor), is_known: true });
+                }
+                // The source does not know the position any more: the checkpoints may have one that it does.
+                Err(TransferError::Peer(error)) if error.error.is_unknown_seq() => {}
+                Err(error) => return Err(error),
+                Ok(None) => {}
+            }
         }
         slot.position = None;
         slot.unsaved = None;
