@@ -88,7 +88,7 @@ fn report(answer: &ReplicateAnswer) -> Report {
             docs_read: run.docs_read,
             docs_written: run.docs_written,
             doc_write_failures: run.doc_write_failures,
-            no_changes: false,
+            ..Report::default()
         },
         _ => Report { no_changes: answer.no_changes, ..Report::default() },
     }
@@ -159,6 +159,7 @@ mod tests {
             lane: "host".into(),
             engine: None,
             is_bidirectional: false,
+            priority: 0,
         })
     }
 
@@ -224,7 +225,7 @@ mod tests {
             (answer(true, vec![]), (0, 0, 0, true)),
             (answer(false, vec![]), (0, 0, 0, false)),
         ] {
-            let Report { docs_read, docs_written, doc_write_failures, no_changes } = report(&answer);
+            let Report { docs_read, docs_written, doc_write_failures, no_changes, .. } = report(&answer);
             assert_eq!((docs_read, docs_written, doc_write_failures, no_changes), expected);
         }
     }
@@ -233,7 +234,7 @@ mod tests {
     async fn a_run_reports_what_couchdb_counted() {
         let history = json!([{ "docs_read": 5, "docs_written": 4, "doc_write_failures": 1, "missing_found": 5 }]);
         let report = run_against(200, json!({ "ok": true, "session_id": "s", "history": history })).await;
-        let expected = Report { docs_read: 5, docs_written: 4, doc_write_failures: 1, no_changes: false };
+        let expected = Report { docs_read: 5, docs_written: 4, doc_write_failures: 1, ..Report::default() };
         assert_eq!(report, Ok(expected));
     }
 

@@ -183,6 +183,7 @@ fn report(done: &Done) -> Report {
         docs_written: done.counts.docs_written,
         doc_write_failures: done.counts.doc_write_failures,
         no_changes: done.rows == 0,
+        is_unfinished: done.is_unfinished,
     }
 }
 
