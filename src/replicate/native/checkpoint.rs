@@ -375,7 +375,7 @@ mod tests {
         ids.insert(replication_id("other", "r", &parameters(json!({})), None));
         ids.insert(replication_id("uuid", "other", &parameters(json!({})), None));
         ids.insert(replication_id("uuid", "r", &parameters(json!({})), Some("function (doc) { return true; }")));
-        assert_eq!(ids.len(), different.len() + 2);
+        assert_eq!(ids.len(), different.len() + 3);
     }
 
     #[test]
