@@ -20,7 +20,8 @@ use crate::db::rule_health::RuleHealth;
 use crate::db::{self, Shared};
 use crate::feed::cursor::Ledger;
 use crate::feed::{self, GlobalChangesActor, sweep};
-use crate::replicate::{CouchEngine, Replicator};
+use crate::replicate::native::{NativeEngine, NativeSettings};
+use crate::replicate::{CouchEngine, Engines, Replicator};
 use crate::rules::catalogue::Snapshot;
 use crate::rules::{self, RulesActor};
 use crate::schedule::Pool;
@@ -57,6 +58,8 @@ pub struct World {
     sweeps: Arc<sweep::Queue>,
     publish: watch::Sender<Arc<Snapshot>>,
     rule_health: RuleHealth,
+    /// Keeps what it knows of checkpoints over a crash of the pool.
+    native: Arc<NativeEngine>,
 }
 
 pub struct Supervisor;
@@ -117,6 +120,7 @@ impl Actor for Supervisor {
                     directory: state.built.directory.clone(),
                     topology: state.built.topology.clone(),
                     ledger: state.world.ledger.clone(),
+                    native: state.world.native.clone(),
                     deadline: state.world.settings.shutdown_deadline,
                 };
                 tokio::spawn(async move {
@@ -199,7 +203,7 @@ impl State {
 
     /// The wiring, long, flat and dull.
     async fn build(&mut self, child: Child, supervisor: ActorCell) -> Result<ActorCell, ActorProcessingErr> {
-        let World { settings, couch, vault, metrics, ledger, sweeps, publish, rule_health } = self.world.as_ref();
+        let World { settings, couch, vault, metrics, ledger, sweeps, publish, rule_health, native } = self.world.as_ref();
         let backoff = Backoff::new(settings.backoff_base, settings.backoff_cap);
         // CouchDB's own hiccups are retried sooner than somebody else's endpoint.
         let couch_backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
@@ -236,8 +240,9 @@ impl State {
                 cell
             }
             Child::ReplicatorPool => {
-                let engine = Arc::new(CouchEngine::new(couch.clone(), settings.replication.timeout));
-                let runner = Replicator::new(engine, metrics.clone());
+                let couchdb = Arc::new(CouchEngine::new(couch.clone(), settings.replication.timeout));
+                let engines = Engines { native: native.clone(), couchdb, default: settings.replication.engine };
+                let runner = Replicator::new(Arc::new(engines), metrics.clone());
                 let pool = Pool::spawn(runner, (&settings.replication).into(), supervisor).await?;
                 let cell = pool.cell();
                 self.built.replicators = Some(pool);
@@ -248,6 +253,7 @@ impl State {
                     snapshot: publish.subscribe(),
                     checkpoints: needed(&self.built.checkpoints)?,
                     pool: needed(&self.built.replicators)?,
+                    native: native.clone(),
                     vault: vault.clone(),
                     backoff,
                     local_url: couch.settings().url.clone(),
@@ -333,19 +339,23 @@ struct Stopping {
     directory: Option<ActorRef<directory::Message>>,
     topology: Option<ActorRef<topology::Message>>,
     ledger: Arc<Ledger>,
+    native: Arc<NativeEngine>,
     deadline: Duration,
 }
 
 /// Of the deadline, what runs now may take half, the spill and the watermark a quarter each.
 impl Stopping {
     async fn run(self) {
-        let Self { feed: Some(feed), directory: Some(directory), topology: Some(topology), ledger, deadline } = self else {
+        let Self { feed: Some(feed), directory: Some(directory), topology: Some(topology), ledger, native, deadline } = self
+        else {
             return;
         };
         let _ = feed.cast(feed::Message::Stop);
         let _ = directory.cast(directory::Message::Stop);
         let _ = tokio::time::timeout(deadline / 2, ledger.room(1)).await;
 
+        // Where a side was replaced meanwhile, its replicator is running again by the time that what runs is written down.
+        let _ = tokio::time::timeout(deadline / 4, native.flush()).await;
         let mut spilled = Vec::new();
         let owing = ledger.cursor().owing();
         for db in owing {
@@ -410,7 +420,15 @@ pub struct Running {
 
 impl App {
     pub async fn open(settings: Settings, vault: Vault, couch: Couch) -> anyhow::Result<Self> {
+        let native = NativeEngine::new(
+            &couch,
+            &NativeSettings {
+                requests_per_host_max: settings.replication.requests_per_host,
+                checkpoint_after: settings.replication.checkpoint_after,
+            },
+        )?;
         let world = Arc::new(World {
+            native: Arc::new(native),
             metrics: couch.metrics().clone(),
             couch,
             vault: Arc::new(vault),

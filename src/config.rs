@@ -81,11 +81,36 @@ pub struct WebhookSettings {
 
 #[derive(Debug, Clone)]
 pub struct ReplicationSettings {
+    pub engine: EngineChoice,
     pub concurrency: usize,
     pub concurrency_per_host: usize,
     pub per_second_per_host: Option<std::num::NonZeroU32>,
-    /// Of one run.
+    /// Of one run by CouchDB.
     pub timeout: Duration,
+    /// The native engine finds out how many a host bears, up to here.
+    pub requests_per_host: usize,
+    /// How long the native engine's checkpoints may stay behind the documents.
+    pub checkpoint_after: Duration,
+}
+
+/// Who makes the runs of a replicator.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EngineChoice {
+    /// Native for whatever it can do, and CouchDB for the rest.
+    Auto,
+    Native,
+    Couchdb,
+}
+
+impl EngineChoice {
+    pub fn of(name: &str) -> Option<Self> {
+        match name {
+            "auto" => Some(EngineChoice::Auto),
+            "native" => Some(EngineChoice::Native),
+            "couchdb" => Some(EngineChoice::Couchdb),
+            _ => None,
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

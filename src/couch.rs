@@ -214,7 +214,7 @@ impl Couch {
         match answer {
             Ok(response) if response.status().is_success() => Ok(response),
             Ok(response) => {
-                let error = self.status_error(response).await;
+                let error = status_error(response).await;
                 // `_replicate` answers 500 for a source that is missing and 401 for its password: that says nothing of us.
                 if error.is_outage() && endpoint != REPLICATE {
                     self.inner.health.suspect(&error);
@@ -230,23 +230,6 @@ impl Couch {
         let error = CouchError::Unreachable(chain_of(error));
         self.inner.health.suspect(&error);
         error
-    }
-
-    async fn status_error(&self, response: Response) -> CouchError {
-        let status = response.status();
-        let after = retry_after(response.headers());
-        let reason = match read_bounded(response, 64 * 1024).await {
-            Ok(body) => reason_of(&body),
-            Err(_) => String::from("no reason given"),
-        };
-        match status {
-            StatusCode::UNAUTHORIZED => CouchError::Unauthorized(reason),
-            StatusCode::FORBIDDEN => CouchError::Forbidden(reason),
-            StatusCode::NOT_FOUND => CouchError::NotFound(reason),
-            StatusCode::CONFLICT => CouchError::Conflict(reason),
-            StatusCode::TOO_MANY_REQUESTS => CouchError::TooManyRequests { after },
-            _ => CouchError::Status { status: status.as_u16(), reason },
-        }
     }
 
     pub(crate) async fn body(&self, response: Response) -> Result<bytes::Bytes> {
@@ -282,6 +265,24 @@ impl Couch {
     }
 }
 
+/// What an answer that is no success says.
+pub(crate) async fn status_error(response: Response) -> CouchError {
+    let status = response.status();
+    let after = retry_after(response.headers());
+    let reason = match read_bounded(response, 64 * 1024).await {
+        Ok(body) => reason_of(&body),
+        Err(_) => String::from("no reason given"),
+    };
+    match status {
+        StatusCode::UNAUTHORIZED => CouchError::Unauthorized(reason),
+        StatusCode::FORBIDDEN => CouchError::Forbidden(reason),
+        StatusCode::NOT_FOUND => CouchError::NotFound(reason),
+        StatusCode::CONFLICT => CouchError::Conflict(reason),
+        StatusCode::TOO_MANY_REQUESTS => CouchError::TooManyRequests { after },
+        _ => CouchError::Status { status: status.as_u16(), reason },
+    }
+}
+
 #[derive(Debug, Clone, Deserialize)]
 pub struct Welcome {
     #[serde(default)]
@@ -292,12 +293,12 @@ pub struct Welcome {
     pub uuid: Option<String>,
 }
 
-enum ReadError {
+pub(crate) enum ReadError {
     Lost(reqwest::Error),
     TooLarge,
 }
 
-async fn read_bounded(mut response: Response, bytes_max: usize) -> std::result::Result<bytes::Bytes, ReadError> {
+pub(crate) async fn read_bounded(mut response: Response, bytes_max: usize) -> std::result::Result<bytes::Bytes, ReadError> {
     let mut body = BytesMut::new();
     while let Some(chunk) = response.chunk().await.map_err(ReadError::Lost)? {
         if body.len() + chunk.len() > bytes_max {

@@ -4,10 +4,13 @@
 //! time without harm. Two runs of one replicator never overlap, and while one is under way at most one more waits.
 
 pub mod couchdb;
+pub mod engines;
+pub mod native;
 
 pub use couchdb::CouchEngine;
+pub use engines::Engines;
 
-use crate::config::ReplicationSettings;
+use crate::config::{EngineChoice, ReplicationSettings};
 use crate::job::Verdict;
 use crate::schedule::{Backoff, Dispatcher, DispatcherSettings, Failure, Perform, Spec, Worker};
 use crate::telemetry::{Metrics, OutcomeLabels};
@@ -38,17 +41,22 @@ pub struct Replication {
     /// Without passwords, for logs.
     pub target: String,
     pub lane: Arc<str>,
+    /// What the document asks for; None: what the config says.
+    pub engine: Option<EngineChoice>,
+    /// Another replicator goes the other way.
+    pub is_bidirectional: bool,
 }
 
 /// Leaves out `params`: they carry passwords, in URLs and in headers.
 impl fmt::Debug for Replication {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { replicator_id, params: _, source, target, lane } = self;
+        let Self { replicator_id, params: _, source, target, lane, engine, is_bidirectional: _ } = self;
         f.debug_struct("Replication")
             .field("replicator_id", replicator_id)
             .field("source", source)
             .field("target", target)
             .field("lane", lane)
+            .field("engine", engine)
             .finish_non_exhaustive()
     }
 }
@@ -209,6 +217,8 @@ mod tests {
             source: String::from("http://user@host/a"),
             target: String::from("http://host/b"),
             lane: "host".into(),
+            engine: None,
+            is_bidirectional: false,
         }
     }
 
@@ -230,7 +240,15 @@ mod tests {
         let answers = answers.into_iter().rev().collect();
         let perform = Arc::new(Replicator::new(Arc::new(Told(Mutex::new(answers))), metrics.clone()));
         let (concurrency, concurrency_per_host, timeout) = (4, 4, Duration::from_secs(60));
-        let settings = ReplicationSettings { concurrency, concurrency_per_host, per_second_per_host: None, timeout };
+        let settings = ReplicationSettings {
+            engine: EngineChoice::Auto,
+            concurrency,
+            concurrency_per_host,
+            per_second_per_host: None,
+            timeout,
+            requests_per_host: 64,
+            checkpoint_after: timeout,
+        };
         let arguments = DispatcherArguments { perform, settings: (&settings).into() };
         (Actor::spawn(None, ReplicatorPool::new(), arguments).await.expect("the pool starts").0, metrics)
     }

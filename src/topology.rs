@@ -8,10 +8,12 @@ pub mod states;
 
 use crate::checkpoints::Checkpoints;
 use crate::job::{Completion, DbName, Outcome, Piece, timestamp};
+use crate::replicate::native::NativeEngine;
 use crate::replicate::{Replication, Replicator as Runner};
 use crate::rules::catalogue::Snapshot;
 use crate::schedule::Pool;
 use crate::schedule::backoff::Backoff;
+use crate::topology::replicator::Replicator;
 use crate::vault::Vault;
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use serde_json::Value;
@@ -33,6 +35,10 @@ pub enum Message {
     /// A database was made: replicators into it may have lost their documents there.
     TargetMade {
         db: DbName,
+    },
+    /// What this replicator brought to its target may be gone.
+    RunAgain {
+        id: Id,
     },
     /// Replicators whose source nobody can watch here.
     PollRemote,
@@ -74,6 +80,7 @@ pub struct Arguments {
     pub snapshot: watch::Receiver<Arc<Snapshot>>,
     pub checkpoints: Checkpoints,
     pub pool: Pool<Runner>,
+    pub native: Arc<NativeEngine>,
     pub vault: Arc<Vault>,
     pub backoff: Backoff,
     /// The watched server, and its host and port: a replicator whose source is elsewhere is polled.
@@ -87,13 +94,13 @@ pub struct State {
     /// Writes for one document go one after the other, each with the revision that the one before left.
     saves: HashMap<Id, VecDeque<(Change, Vec<Piece>)>>,
     timer: Option<(SystemTime, AbortHandle)>,
-    follower: AbortHandle,
+    followers: [AbortHandle; 2],
     stopping: bool,
 }
 
 impl Drop for State {
     fn drop(&mut self) {
-        self.follower.abort();
+        self.followers.iter().for_each(AbortHandle::abort);
         if let Some((_, timer)) = self.timer.take() {
             timer.abort();
         }
@@ -108,6 +115,17 @@ impl Actor for Topology {
     async fn pre_start(&self, myself: ActorRef<Message>, arguments: Arguments) -> Result<State, ActorProcessingErr> {
         let mut changes = arguments.snapshot.clone();
         changes.mark_changed();
+        let native = arguments.native.clone();
+        let again = tokio::spawn({
+            let myself = myself.clone();
+            async move {
+                while let Some(id) = native.again().await {
+                    if myself.cast(Message::RunAgain { id }).is_err() {
+                        return;
+                    }
+                }
+            }
+        });
         let follower = tokio::spawn(async move {
             while changes.changed().await.is_ok() {
                 if myself.cast(Message::Documents).is_err() {
@@ -115,8 +133,8 @@ impl Actor for Topology {
                 }
             }
         });
-        let follower = follower.abort_handle();
-        Ok(State { arguments, states: States::default(), saves: HashMap::new(), timer: None, follower, stopping: false })
+        let followers = [follower.abort_handle(), again.abort_handle()];
+        Ok(State { arguments, states: States::default(), saves: HashMap::new(), timer: None, followers, stopping: false })
     }
 
     async fn handle(&self, myself: ActorRef<Message>, message: Message, state: &mut State) -> Result<(), ActorProcessingErr> {
@@ -136,6 +154,11 @@ impl Actor for Topology {
                 let ids = snapshot.replicators_to(&db);
                 let mut actions = state.meet(&snapshot, ids);
                 actions.extend(ids.iter().flat_map(|id| state.states.dirty(now, id, None)));
+                actions
+            }
+            Message::RunAgain { id } => {
+                let mut actions = state.meet(&snapshot, std::slice::from_ref(&id));
+                actions.extend(state.states.dirty(now, &id, None));
                 actions
             }
             Message::PollRemote => {
@@ -243,6 +266,8 @@ impl State {
             source: replicator.source.to_string(),
             target: replicator.target.to_string(),
             lane: replicator.lane(),
+            engine: replicator.engine,
+            is_bidirectional: self.goes_both_ways(replicator),
         };
         let outcome = self.arguments.pool.run(replication);
         tokio::spawn(async move {
@@ -255,6 +280,14 @@ impl State {
                 }
             }
         });
+    }
+
+    /// Where names are the same on other servers, too much is called bidirectional, which costs a request.
+    fn goes_both_ways(&self, replicator: &Replicator) -> bool {
+        let snapshot = self.arguments.snapshot.borrow();
+        let back = snapshot.replicators_from(replicator.target.db_name()).iter();
+        let mut back = back.filter_map(|id| snapshot.replicators().get(id));
+        back.any(|other| other.target.db_name() == replicator.source.db_name())
     }
 
     /// Starts the write at the head of a document's queue; it stays there until it is confirmed.

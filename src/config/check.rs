@@ -2,8 +2,8 @@
 
 use super::layers::{Given, Layers, Origin, Raw, URL_KEY};
 use super::{
-    ConfigErrors, DbSettings, DebounceSettings, FeedSettings, LogFormat, LogSettings, ReplicationSettings, Settings,
-    WebhookSettings,
+    ConfigErrors, DbSettings, DebounceSettings, EngineChoice, FeedSettings, LogFormat, LogSettings, ReplicationSettings,
+    Settings, WebhookSettings,
 };
 use crate::couch::CouchSettings;
 use crate::vault::split_credentials;
@@ -84,10 +84,13 @@ impl Reader {
             },
             webhook: self.webhook(),
             replication: ReplicationSettings {
+                engine: self.engine(),
                 concurrency: self.size("replication.concurrency", 1..=CONCURRENCY_MAX),
                 concurrency_per_host: self.size_within("replication.concurrency_per_host", "replication.concurrency"),
                 per_second_per_host: self.rate("replication.per_second_per_host"),
                 timeout: self.duration("replication.timeout", MOMENT..=YEAR),
+                requests_per_host: self.size("replication.requests_per_host", 2..=CONCURRENCY_MAX),
+                checkpoint_after: self.duration("replication.checkpoint_after", MOMENT..=YEAR),
             },
             backoff_base: self.duration("backoff.base", MOMENT..=YEAR),
             backoff_cap: self.duration("backoff.cap", MOMENT..=YEAR),
@@ -342,6 +345,14 @@ impl Reader {
                 self.default_text("log.level")
             }
         }
+    }
+
+    fn engine(&mut self) -> EngineChoice {
+        EngineChoice::of(&self.text("replication.engine").to_lowercase()).unwrap_or_else(|| {
+            let (_, shown) = self.given("replication.engine");
+            self.refuse("replication.engine", format!("{shown} is not an engine: allowed are auto, couchdb and native"));
+            EngineChoice::Auto
+        })
     }
 
     fn log_format(&mut self) -> LogFormat {

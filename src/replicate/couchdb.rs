@@ -10,23 +10,29 @@ use crate::job::Verdict;
 use futures_util::future::BoxFuture;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::Semaphore;
 
 pub struct CouchEngine {
     couch: Couch,
     /// Of one run.
     timeout: Duration,
+    places: Arc<Semaphore>,
 }
+
+/// CouchDB starts no more one-shot jobs at a time (`[replicator] max_churn`).
+const CONCURRENCY_MAX: usize = 20;
 
 impl CouchEngine {
     pub fn new(couch: Couch, timeout: Duration) -> Self {
-        Self { couch, timeout }
+        Self { couch, timeout, places: Arc::new(Semaphore::new(CONCURRENCY_MAX)) }
     }
 }
 
 impl Engine for CouchEngine {
     fn run(&self, spec: Arc<Replication>) -> BoxFuture<'static, Result<Report, ReplicateError>> {
-        let (couch, timeout) = (self.couch.clone(), self.timeout);
+        let (couch, timeout, places) = (self.couch.clone(), self.timeout, self.places.clone());
         Box::pin(async move {
+            let _place = places.acquire_owned().await;
             loop {
                 // Without CouchDB no run is possible, and none has failed: it is waited for, as everywhere.
                 couch.health().up().await;
@@ -151,6 +157,8 @@ mod tests {
             source: String::from("http://u@host/a"),
             target: String::from("b"),
             lane: "host".into(),
+            engine: None,
+            is_bidirectional: false,
         })
     }
 

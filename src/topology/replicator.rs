@@ -3,6 +3,7 @@
 //! What makes a replication impossible makes the document invalid. A fault in a field of Spiegel's own, a time that cannot be
 //! read for example, is a warning, and the field is taken for what loses nothing.
 
+use crate::config::EngineChoice;
 use crate::rules::invalid::{Invalid, kind_of};
 use crate::vault::{Vault, VaultError, redact_text};
 use percent_encoding::percent_decode_str;
@@ -13,7 +14,8 @@ use std::time::{Duration, SystemTime};
 use url::Url;
 
 /// Fields that are Spiegel's, and two that are meant for continuous replications.
-const NOT_FOR_COUCHDB: [&str; 11] = [
+const NOT_FOR_COUCHDB: [&str; 12] = [
+    "engine",
     "type",
     "dirty",
     "dirty_at",
@@ -47,6 +49,8 @@ pub struct Replicator {
     pub retries: u64,
     /// How long after a change the replication is due; None: at once.
     pub dirty_after: Option<Duration>,
+    /// None: what the config says.
+    pub engine: Option<EngineChoice>,
     /// What is odd about the document and does not stop it.
     pub warnings: Vec<Invalid>,
     fields: Map<String, Value>,
@@ -85,6 +89,7 @@ impl Replicator {
             possibly_deleted_at: time(fields, "possibly_deleted_at", &mut warnings),
             retries: fields.get("retries").and_then(Value::as_u64).unwrap_or_default(),
             dirty_after: dirty_after(fields, &mut warnings),
+            engine: engine(fields, &mut warnings),
             warnings,
             fields: fields.clone(),
         })
@@ -298,6 +303,16 @@ fn parse_time(text: &str) -> Option<SystemTime> {
         '-' => local.checked_add(offset_length),
         _ => None,
     }
+}
+
+fn engine(fields: &Map<String, Value>, warnings: &mut Vec<Invalid>) -> Option<EngineChoice> {
+    let value = fields.get("engine").filter(|value| !value.is_null())?;
+    let choice = value.as_str().and_then(EngineChoice::of);
+    if choice.is_none() {
+        let reason = "must be \"auto\", \"couchdb\" or \"native\"; what the config says is used";
+        warnings.push(Invalid::new("engine", reason.to_string()));
+    }
+    choice
 }
 
 fn dirty_after(fields: &Map<String, Value>, warnings: &mut Vec<Invalid>) -> Option<Duration> {

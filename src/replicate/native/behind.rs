@@ -1,0 +1,145 @@
+//! Checkpoints, written behind the documents: bounded in time, many of one database at once, never ahead of what is confirmed.
+//!
+//! CouchDB compares no revision of a local document: whoever writes last wins, and learns nothing. So both sides are read right
+//! before, and a checkpoint is written only where both still say what was confirmed last. Where they do not, a side was
+//! deleted and made again, or restored, since the documents were written: then that replicator has to run again.
+
+use super::checkpoint::{Checkpoint, Entry, SourceRefused, common};
+use super::peer::{Peer, PeerError};
+use super::shared::Shared;
+use super::slots::{Anchor, Position, Slot, Slots, Unsaved};
+use crate::couch::Seq;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+pub struct Behind {
+    pub slots: Slots,
+    pub shared: Arc<Shared>,
+    /// How long a checkpoint may stay behind.
+    pub after: Duration,
+    /// Replicators whose documents may be gone from the target.
+    pub again: mpsc::UnboundedSender<Arc<str>>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Checked {
+    Saved,
+    /// One side is not what it was.
+    Moved,
+}
+
+type Result<T> = std::result::Result<T, PeerError>;
+
+/// Checkpoints written at once when many are due.
+const AT_ONCE: usize = 256;
+
+impl Behind {
+    pub async fn read_checkpoint(&self, peer: &Peer, id: &Arc<str>) -> Result<Option<Checkpoint>> {
+        let text = self.shared.read_local(peer, id).await?;
+        // What is no JSON is no checkpoint, and no reason to stop: it is written anew.
+        let document = text.map(|text| serde_json::from_slice(&text).unwrap_or_default());
+        Ok(document.as_ref().map(Checkpoint::read))
+    }
+
+    /// What is unsaved in this slot, if both sides still stand where they were.
+    pub async fn save(&self, id: &Arc<str>, slot: &mut Slot) -> Result<Checked> {
+        let (Some(unsaved), Some(position)) = (&slot.unsaved, &slot.position) else {
+            slot.unsaved = None;
+            self.slots.mark_saved(id);
+            return Ok(Checked::Saved);
+        };
+        let Position { since, anchor, epoch } = position.clone();
+        let at_source = async {
+            match anchor.is_target_only {
+                true => Ok(None),
+                false => self.read_checkpoint(&unsaved.source, id).await,
+            }
+        };
+        let (at_source, at_target) = tokio::join!(at_source, self.read_checkpoint(&unsaved.target, id));
+        let gone = |error: &PeerError| error.is_missing_database();
+        let (at_source, at_target) = match (at_source, at_target) {
+            (Err(error), _) | (_, Err(error)) if !gone(&error) => return Err(error),
+            (at_source, at_target) => (at_source.ok().flatten(), at_target.ok().flatten()),
+        };
+        if epoch != self.slots.epoch() || !anchor.holds(at_source.as_ref(), at_target.as_ref()) {
+            slot.position = None;
+            slot.unsaved = None;
+            self.slots.mark_saved(id);
+            return Ok(Checked::Moved);
+        }
+        let anchor = self.write(id, unsaved, &since, at_source.as_ref(), at_target.as_ref(), anchor.is_target_only).await?;
+        slot.position = Some(Position { since, anchor, epoch });
+        slot.unsaved = None;
+        self.slots.mark_saved(id);
+        Ok(Checked::Saved)
+    }
+
+    /// A new session on both sides; on the target alone where the source takes none.
+    pub async fn write(
+        &self,
+        id: &Arc<str>,
+        unsaved: &Unsaved,
+        seq: &Seq,
+        at_source: Option<&Checkpoint>,
+        at_target: Option<&Checkpoint>,
+        source_refuses: bool,
+    ) -> Result<Anchor> {
+        let session_id: Arc<str> = format!("{:032x}", fastrand::u128(..)).into();
+        let mut entry = Entry::new(session_id.clone(), unsaved.started, SystemTime::now(), unsaved.start.clone(), seq.clone());
+        entry.missing_checked = unsaved.counts.missing_checked;
+        entry.missing_found = unsaved.counts.missing_found;
+        entry.docs_read = unsaved.counts.docs_read;
+        entry.docs_written = unsaved.counts.docs_written;
+        entry.doc_write_failures = unsaved.counts.doc_write_failures;
+        let rev_of = |checkpoint: Option<&Checkpoint>| checkpoint.and_then(|checkpoint| checkpoint.rev.clone());
+        let known_to_both = common(at_source, at_target).map(|common| common.history).unwrap_or_default();
+        let mut next = Checkpoint::following(known_to_both, entry.clone());
+        let refused = source_refuses || {
+            let document = next.document(id, rev_of(at_source).as_deref());
+            match self.shared.write_local(&unsaved.source, id, document).await {
+                Ok(()) => false,
+                Err(error) if error.is_refusal() => true,
+                Err(error) => return Err(error),
+            }
+        };
+        if refused {
+            let alone = at_target.filter(|target| target.source_refused.is_some());
+            next = Checkpoint::following(alone.map(|target| target.history.clone()).unwrap_or_default(), entry);
+            let instance_start_time = unsaved.source.instance_start_time().await?;
+            next.source_refused = Some(SourceRefused { instance_start_time });
+        }
+        self.shared.write_local(&unsaved.target, id, next.document(id, rev_of(at_target).as_deref())).await?;
+        Ok(Anchor { session_id, is_target_only: refused })
+    }
+
+    /// Writes what has been behind for so long; those at which a run works are left to it.
+    pub async fn save_older_than(&self, age: Duration) {
+        let now = Instant::now();
+        let due = self.slots.unsaved_since(now.checked_sub(age).unwrap_or(now));
+        for ids in due.chunks(AT_ONCE) {
+            let saving = ids.iter().map(|id| async move {
+                let Some(mut slot) = self.slots.try_hold(id) else { return };
+                let replicator_id = slot.unsaved.as_ref().map(|unsaved| unsaved.replicator_id.clone());
+                match (self.save(id, &mut slot).await, replicator_id) {
+                    (Ok(Checked::Saved), _) | (_, None) => {}
+                    // It is told once more by its next failure; without its reader the process is ending.
+                    (Ok(Checked::Moved), Some(replicator_id)) => drop(self.again.send(replicator_id)),
+                    (Err(error), Some(replicator_id)) => {
+                        tracing::debug!(%replicator_id, %error, "the checkpoint could not be written, it is tried again");
+                    }
+                }
+            });
+            futures_util::future::join_all(saving).await;
+        }
+    }
+
+    /// Until it is dropped.
+    pub async fn forever(&self) {
+        loop {
+            tokio::time::sleep(self.after / 4).await;
+            self.save_older_than(self.after).await;
+        }
+    }
+}

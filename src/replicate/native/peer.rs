@@ -1,0 +1,437 @@
+//! One side of a replication: a database, the rights to use it, and the requests that the protocol makes of it.
+
+use super::attachments::{MoveError, Moved, source_path, target_path, transfer};
+use super::elements::ChangesRow;
+use super::gate::{Gate, Gates};
+use super::parameters::{Rights, Side};
+use crate::couch::health::Health;
+use crate::couch::{CouchError, ReadError, Seq, chain_of, encode_doc_id, read_bounded, status_error};
+use crate::telemetry::{Metrics, RequestLabels};
+use bytes::Bytes;
+use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderValue};
+use reqwest::{Method, RequestBuilder, Response};
+use serde::Deserialize;
+use serde_json::value::RawValue;
+use serde_json::{Value, json};
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// Cheap to clone.
+#[derive(Clone)]
+pub struct Peer {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    net: Net,
+    which: Which,
+    /// The database's URL, without credentials or a slash at its end.
+    base: String,
+    db_name: String,
+    headers: HeaderMap,
+    rights: Rights,
+    gate: Gate,
+    is_local: bool,
+}
+
+/// What all peers of a process share.
+#[derive(Clone)]
+pub struct Net {
+    /// With a timeout on silence.
+    pub http: reqwest::Client,
+    /// For what has a watchdog of its own.
+    pub patient: reqwest::Client,
+    pub gates: Gates,
+    pub metrics: Arc<Metrics>,
+    /// Of the watched server.
+    pub health: Health,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Which {
+    Source,
+    Target,
+}
+
+impl Which {
+    pub fn name(self) -> &'static str {
+        match self {
+            Which::Source => "source",
+            Which::Target => "target",
+        }
+    }
+}
+
+/// A request that failed, and whose fault it is.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{}: {error}", which.name())]
+pub struct PeerError {
+    pub which: Which,
+    /// The watched server's own fault is an outage, and no failed run.
+    pub is_local: bool,
+    pub error: Arc<CouchError>,
+}
+
+impl PeerError {
+    /// The database itself is not there; a missing document has other words.
+    pub fn is_missing_database(&self) -> bool {
+        matches!(&*self.error, CouchError::NotFound(reason) if !is_missing_document(reason))
+    }
+
+    pub fn is_refusal(&self) -> bool {
+        matches!(&*self.error, CouchError::Unauthorized(_) | CouchError::Forbidden(_))
+    }
+
+    /// The body of the request is at fault: in smaller pieces it shows which document is.
+    pub fn is_bad_content(&self) -> bool {
+        matches!(&*self.error, CouchError::Status { status: 400 | 413, .. })
+    }
+
+    pub fn is_missing_stub(&self) -> bool {
+        matches!(&*self.error, CouchError::Status { status: 412, reason } if reason.contains("missing_stub"))
+    }
+
+    /// The server does not know the endpoint.
+    pub fn is_unsupported(&self) -> bool {
+        matches!(&*self.error, CouchError::Status { status: 405 | 501, .. })
+    }
+
+    /// The other side's word on this very request: sent alone, or in pieces, it may be told which part is meant.
+    pub fn is_about_the_request(&self) -> bool {
+        match &*self.error {
+            CouchError::Forbidden(_) | CouchError::Conflict(_) => true,
+            CouchError::Status { status, .. } => (400..500).contains(status) && *status != 408 && *status != 412,
+            _ => false,
+        }
+    }
+}
+
+/// CouchDB's words for a document that is not there, against those for a database.
+fn is_missing_document(reason: &str) -> bool {
+    ["missing", "deleted"].iter().any(|word| reason == *word || reason.ends_with(&format!(": {word}")))
+}
+
+pub type Result<T> = std::result::Result<T, PeerError>;
+
+/// An answer larger than this is refused: those that may be large are read as a stream.
+const ANSWER_BYTES_MAX: usize = 64 * 1024 * 1024;
+
+/// One page of what changed.
+#[derive(Debug)]
+pub struct Page {
+    pub rows: Vec<ChangesRow>,
+    pub last_seq: Seq,
+    /// How many rows come after this page, where the server says it.
+    pub pending: Option<u64>,
+}
+
+/// What to read of a source's changes: equal ones share their answer.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct ChangesRequest {
+    pub since: Option<Seq>,
+    pub limit: usize,
+    /// `style`, `filter` and its parameters.
+    pub query: Arc<[(String, String)]>,
+    /// For filters that take one: document ids or a selector.
+    pub body: Option<Arc<str>>,
+}
+
+/// A document that the target would not take.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Refused {
+    #[serde(default)]
+    pub id: String,
+    #[serde(default)]
+    pub rev: Option<String>,
+    #[serde(default)]
+    pub error: String,
+    #[serde(default)]
+    pub reason: String,
+}
+
+/// Revisions of a document that the target lacks, and those it has that may be their ancestors.
+#[derive(Debug, Clone, Default, Deserialize)]
+pub struct Missing {
+    #[serde(default)]
+    pub missing: Vec<String>,
+    #[serde(default)]
+    pub possible_ancestors: Vec<String>,
+}
+
+pub type Diff = HashMap<String, Missing>;
+
+/// What `_bulk_docs` said.
+#[derive(Debug, Clone, Default)]
+pub struct Written {
+    pub refused: Vec<Refused>,
+    /// False for a 202: fewer nodes than a quorum have it.
+    pub is_confirmed: bool,
+}
+
+impl Peer {
+    pub fn new(net: Net, which: Which, side: &Side) -> Self {
+        let mut headers = HeaderMap::new();
+        if let Some(credentials) = &side.credentials {
+            headers.insert(AUTHORIZATION, credentials.basic_header());
+        }
+        for (name, value) in &side.headers {
+            headers.insert(name.clone(), value.clone());
+        }
+        let gate = net.gates.of(&side.place());
+        let inner = Inner {
+            which,
+            base: side.url.as_str().trim_end_matches('/').to_string(),
+            db_name: side.db_name.clone(),
+            headers,
+            rights: side.rights(),
+            gate,
+            is_local: side.is_local,
+            net,
+        };
+        Self { inner: Arc::new(inner) }
+    }
+
+    pub fn which(&self) -> Which {
+        self.inner.which
+    }
+
+    pub fn db_name(&self) -> &str {
+        &self.inner.db_name
+    }
+
+    /// Requests may be made together only where both are equal.
+    pub fn key(&self) -> (Arc<str>, Rights) {
+        (Arc::from(self.inner.base.as_str()), self.inner.rights.clone())
+    }
+
+    pub fn request(&self, method: Method, path: &str) -> RequestBuilder {
+        self.request_by(&self.inner.net.http, method, path)
+    }
+
+    fn request_by(&self, client: &reqwest::Client, method: Method, path: &str) -> RequestBuilder {
+        let url = match path.is_empty() {
+            true => self.inner.base.clone(),
+            false => format!("{}/{path}", self.inner.base),
+        };
+        client.request(method, url).headers(self.inner.headers.clone())
+    }
+
+    fn posted(&self, path: &str, body: impl Into<reqwest::Body>) -> RequestBuilder {
+        self.request(Method::POST, path).header(CONTENT_TYPE, HeaderValue::from_static("application/json")).body(body)
+    }
+
+    pub fn error(&self, error: CouchError) -> PeerError {
+        if self.inner.is_local && error.is_outage() {
+            self.inner.net.health.suspect(&error);
+        }
+        PeerError { which: self.inner.which, is_local: self.inner.is_local, error: Arc::new(error) }
+    }
+
+    /// A failure that no server is to blame for.
+    pub fn error_of_ours(&self, error: CouchError) -> PeerError {
+        PeerError { which: self.inner.which, is_local: false, error: Arc::new(error) }
+    }
+
+    /// Waits for a place at the host, sends, counts, and turns a bad status into an error.
+    pub async fn send(&self, endpoint: &'static str, request: RequestBuilder) -> Result<Response> {
+        let pass = self.inner.gate.enter().await;
+        let started = Instant::now();
+        let answer = request.send().await;
+        let status = answer.as_ref().map_or(0, |response| response.status().as_u16());
+        pass.answered(status, started.elapsed());
+        self.inner.net.metrics.couchdb_requests.get_or_create(&RequestLabels { endpoint, status }).inc();
+        match answer {
+            Ok(response) if response.status().is_success() => Ok(response),
+            Ok(response) => Err(self.error(status_error(response).await)),
+            Err(error) => Err(self.lost(&error)),
+        }
+    }
+
+    pub fn lost(&self, error: &reqwest::Error) -> PeerError {
+        self.error(CouchError::Unreachable(chain_of(error)))
+    }
+
+    async fn body(&self, endpoint: &'static str, request: RequestBuilder) -> Result<Bytes> {
+        let response = self.send(endpoint, request).await?;
+        self.read(response).await
+    }
+
+    async fn read(&self, response: Response) -> Result<Bytes> {
+        let too_large = || self.error(CouchError::Malformed(format!("larger than {ANSWER_BYTES_MAX} bytes")));
+        self.read_at_most(response, ANSWER_BYTES_MAX).await?.ok_or_else(too_large)
+    }
+
+    fn parsed<'a, T: Deserialize<'a>>(&self, endpoint: &str, body: &'a [u8]) -> Result<T> {
+        serde_json::from_slice(body).map_err(|error| self.error(CouchError::Malformed(format!("{endpoint}: {error}"))))
+    }
+
+    /// False where it was there already.
+    pub async fn create(&self, params: &[(String, String)]) -> Result<bool> {
+        match self.send("db", self.request(Method::PUT, "").query(params)).await {
+            Ok(_) => Ok(true),
+            Err(error) if matches!(&*error.error, CouchError::Status { status: 412, .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// When this database was made, to the second; it is not there on every server.
+    pub async fn instance_start_time(&self) -> Result<String> {
+        let body = self.body("db", self.request(Method::GET, "")).await?;
+        let info: Value = self.parsed("db", &body)?;
+        Ok(match &info["instance_start_time"] {
+            Value::String(text) => text.clone(),
+            other => other.to_string(),
+        })
+    }
+
+    /// `id` without its `_local/`. None where there is no such document.
+    pub async fn read_local(&self, id: &str) -> Result<Option<Bytes>> {
+        let path = encode_doc_id(&format!("_local/{id}"));
+        match self.body("_local", self.request(Method::GET, &path)).await {
+            Ok(body) => Ok(Some(body)),
+            Err(error) if matches!(&*error.error, CouchError::NotFound(reason) if is_missing_document(reason)) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Many at once, in the order of `ids`.
+    pub async fn read_locals(&self, ids: &[Arc<str>]) -> Result<Vec<Option<Bytes>>> {
+        #[derive(Deserialize)]
+        struct Rows<'a> {
+            #[serde(borrow)]
+            rows: Vec<Entry<'a>>,
+        }
+        #[derive(Deserialize)]
+        struct Entry<'a> {
+            #[serde(default, borrow)]
+            doc: Option<&'a RawValue>,
+        }
+        let keys: Vec<String> = ids.iter().map(|id| format!("_local/{id}")).collect();
+        let request = self.posted("_local_docs", json!({ "keys": keys }).to_string()).query(&[("include_docs", "true")]);
+        let body = self.body("_local_docs", request).await?;
+        let rows: Rows = self.parsed("_local_docs", &body)?;
+        if rows.rows.len() != ids.len() {
+            let error = format!("_local_docs answered {} of {} keys", rows.rows.len(), ids.len());
+            return Err(self.error(CouchError::Malformed(error)));
+        }
+        let docs = rows.rows.into_iter().map(|entry| entry.doc.map(|doc| Bytes::copy_from_slice(doc.get().as_bytes())));
+        Ok(docs.map(|doc| doc.filter(|doc| doc.as_ref() != b"null")).collect())
+    }
+
+    pub async fn write_local(&self, id: &str, doc: &Value) -> Result<()> {
+        let path = encode_doc_id(&format!("_local/{id}"));
+        let request = self.request(Method::PUT, &path).header(CONTENT_TYPE, "application/json").body(doc.to_string());
+        self.send("_local", request).await.map(|_| ())
+    }
+
+    /// Several at once, each with its `_id`. False where the server did not take them all.
+    pub async fn write_locals(&self, docs: &[Value]) -> Result<bool> {
+        let body = self.body("_bulk_docs", self.posted("_bulk_docs", json!({ "docs": docs }).to_string())).await?;
+        let answers: Vec<Value> = self.parsed("_bulk_docs", &body)?;
+        Ok(answers.len() == docs.len() && answers.iter().all(|answer| answer.get("error").is_none()))
+    }
+
+    pub async fn changes(&self, asked: &ChangesRequest) -> Result<Page> {
+        let mut request = match &asked.body {
+            Some(body) => self.posted("_changes", body.to_string()),
+            None => self.request(Method::GET, "_changes"),
+        };
+        request = request.query(&*asked.query).query(&[("limit", asked.limit)]).query(&[("seq_interval", asked.limit)]);
+        if let Some(since) = &asked.since {
+            request = request.query(&[("since", since.as_query())]);
+        }
+        let body = self.body("_changes", request).await?;
+        #[derive(Deserialize)]
+        struct Raw {
+            results: Vec<RawRow>,
+            last_seq: Seq,
+            #[serde(default)]
+            pending: Option<u64>,
+        }
+        #[derive(Deserialize)]
+        struct RawRow {
+            id: String,
+            changes: Vec<Leaf>,
+            #[serde(default)]
+            deleted: bool,
+        }
+        #[derive(Deserialize)]
+        struct Leaf {
+            rev: String,
+        }
+        let Raw { results, last_seq, pending } = self.parsed("_changes", &body)?;
+        let revs_of = |changes: Vec<Leaf>| changes.into_iter().map(|leaf| leaf.rev).collect();
+        let rows = results.into_iter().map(|row| ChangesRow { id: row.id, revs: revs_of(row.changes), deleted: row.deleted });
+        Ok(Page { rows: rows.collect(), last_seq, pending })
+    }
+
+    pub async fn revs_diff(&self, revs: &HashMap<&str, Vec<&str>>) -> Result<Diff> {
+        let asked = serde_json::to_vec(revs).map_err(|error| self.error(CouchError::Malformed(error.to_string())))?;
+        let body = self.body("_revs_diff", self.posted("_revs_diff", asked)).await?;
+        self.parsed("_revs_diff", &body)
+    }
+
+    /// The answer is handed out unread: it may be large.
+    pub async fn bulk_get(&self, docs: &[Value], with_attachments: bool) -> Result<Response> {
+        let mut request = self.posted("_bulk_get", json!({ "docs": docs }).to_string()).header(ACCEPT, "application/json");
+        request = request.query(&[("revs", "true"), ("latest", "true")]);
+        if with_attachments {
+            request = request.query(&[("attachments", "true")]);
+        }
+        self.send("_bulk_get", request).await
+    }
+
+    /// The whole body of an answer, where it is no longer than `bytes_max`.
+    pub async fn read_at_most(&self, response: Response, bytes_max: usize) -> Result<Option<Bytes>> {
+        match read_bounded(response, bytes_max).await {
+            Ok(body) => Ok(Some(body)),
+            Err(ReadError::Lost(error)) => Err(self.lost(&error)),
+            Err(ReadError::TooLarge) => Ok(None),
+        }
+    }
+
+    /// Documents as they came from the source.
+    pub async fn write(&self, docs: &[Bytes]) -> Result<Written> {
+        let body = bulk_body(docs);
+        let length: usize = body.iter().map(Bytes::len).sum();
+        let pieces = futures_util::stream::iter(body.into_iter().map(Ok::<_, std::convert::Infallible>));
+        // As the pieces that they are: a copy of everything would be memory that no budget knows of.
+        let request = self.posted("_bulk_docs", reqwest::Body::wrap_stream(pieces)).header(CONTENT_LENGTH, length);
+        let response = self.send("_bulk_docs", request).await?;
+        let is_confirmed = response.status() != reqwest::StatusCode::ACCEPTED;
+        let body = self.read(response).await?;
+        let answers: Vec<Refused> = self.parsed("_bulk_docs", &body)?;
+        let refused = answers.into_iter().filter(|answer| !answer.error.is_empty()).collect();
+        Ok(Written { refused, is_confirmed })
+    }
+
+    /// One revision with its attachments, from this source into the target, without holding it.
+    pub async fn move_document(&self, target: &Peer, id: &str, rev: &str, atts_since: &[String]) -> Result<Moved> {
+        // A place at the source for both: who holds one and waits for another could wait for himself.
+        let _place = self.inner.gate.enter().await;
+        let reading = self.request_by(&self.inner.net.patient, Method::GET, &source_path(id, rev, atts_since));
+        let writing = target.request_by(&target.inner.net.patient, Method::PUT, &target_path(id));
+        transfer(reading, writing, SILENCE_MAX).await.map_err(|error| match error {
+            MoveError::Source(error) => self.error(error),
+            MoveError::Target(error) => target.error(error),
+        })
+    }
+}
+
+/// The longest silence within an answer of either side.
+pub const SILENCE_MAX: Duration = Duration::from_secs(60);
+
+fn bulk_body(docs: &[Bytes]) -> Vec<Bytes> {
+    let mut body = Vec::with_capacity(docs.len() * 2 + 1);
+    body.push(Bytes::from_static(br#"{"new_edits":false,"docs":["#));
+    for (at, doc) in docs.iter().enumerate() {
+        if at > 0 {
+            body.push(Bytes::from_static(b","));
+        }
+        body.push(doc.clone());
+    }
+    body.push(Bytes::from_static(b"]}"));
+    body
+}

@@ -1,0 +1,283 @@
+//! One run: everything that the source has when it begins is in the target when it ends.
+//!
+//! It reads both checkpoints beside the first page of changes. Where they are those that were confirmed last, the page is
+//! used; else the histories say where to begin, and a checkpoint is set there before the first document, so that a target
+//! that is made again meanwhile is noticed. Pages overlap; the position moves over them in their order.
+
+use super::behind::{Behind, Checked};
+use super::checkpoint::{Checkpoint, common_ancestor};
+use super::documents::{Counts, Transfer, TransferError};
+use super::parameters::{Parameters, Selection};
+use super::peer::{ChangesRequest, Page, Peer};
+use super::slots::{Anchor, Position, Slot, Unsaved};
+use crate::couch::Seq;
+use futures_util::future::{BoxFuture, Fuse, FusedFuture, FutureExt};
+use futures_util::stream::{FuturesOrdered, StreamExt};
+use serde_json::json;
+use std::sync::Arc;
+use std::time::SystemTime;
+use tokio::time::Instant;
+
+/// Rows of a page, unless the replicator says otherwise.
+const PAGE_ROWS: usize = 1_000;
+/// Pages whose documents are on their way at once.
+const PAGES: usize = 3;
+
+pub struct Run<'a> {
+    pub id: Arc<str>,
+    pub replicator_id: Arc<str>,
+    pub behind: &'a Behind,
+    pub transfer: Transfer,
+    pub parameters: Parameters,
+    /// Another replicator goes the other way: the target may well have what is new here.
+    pub is_bidirectional: bool,
+}
+
+#[derive(Debug, Default)]
+pub struct Done {
+    pub counts: Counts,
+    pub rows: u64,
+}
+
+type Result<T> = std::result::Result<T, TransferError>;
+
+struct Begin {
+    page: Arc<Page>,
+    since: Seq,
+    /// None where no checkpoints are kept.
+    anchor: Option<Anchor>,
+    /// The position was confirmed: what comes after it is new to the target.
+    is_known: bool,
+}
+
+impl Run<'_> {
+    pub async fn run(&self) -> Result<Done> {
+        if matches!(&self.parameters.selection, Selection::DocIds(ids) if ids.is_empty()) {
+            return Ok(Done::default());
+        }
+        let mut slot = self.behind.slots.hold(&self.id).await;
+        let begin = self.begin(&mut slot).await?;
+        let start = begin.since.clone();
+        let is_news = begin.is_known && !self.is_bidirectional;
+        let mut done = Done::default();
+        let result = self.pages(begin, is_news, &mut slot, &mut done).await;
+        if done.rows == 0 && result.is_ok() {
+            tracing::trace!(id = %self.id, ?start, "no changes");
+        }
+        result.map(|()| done)
+    }
+
+    async fn pages(&self, begin: Begin, is_news: bool, slot: &mut Slot, done: &mut Done) -> Result<()> {
+        let Begin { page, since: start, anchor, .. } = begin;
+        let epoch = self.behind.slots.epoch();
+        // What is written while we read is the next run's: a source that never rests must not keep this one.
+        let mut left = page.pending.map(|pending| pending.saturating_add(page.rows.len() as u64));
+        let mut working: FuturesOrdered<BoxFuture<'_, Result<(Seq, u64, Counts)>>> = FuturesOrdered::new();
+        let mut reading: Fuse<BoxFuture<'_, Result<Arc<Page>>>> = Fuse::terminated();
+        let mut arrived = Some(page);
+        let mut started = SystemTime::now();
+        let mut from = start;
+        loop {
+            if let Some(page) = arrived.take() {
+                let rows = page.rows.len() as u64;
+                left = left.map(|left| left.saturating_sub(rows));
+                let is_last = rows == 0
+                    || left == Some(0)
+                    || page.pending == Some(0)
+                    || (page.pending.is_none() && rows < self.limit() as u64);
+                if !is_last {
+                    let next = self.transfer.shared.changes(&self.transfer.source, self.changes(Some(page.last_seq.clone())));
+                    reading = async { next.await.map_err(TransferError::from) }.boxed().fuse();
+                }
+                working.push_back(self.page(page, is_news).boxed());
+            }
+            tokio::select! {
+                page = &mut reading, if !reading.is_terminated() && working.len() < PAGES => arrived = Some(page?),
+                Some(finished) = working.next() => {
+                    let (last_seq, rows, counts) = finished?;
+                    done.counts += counts;
+                    done.rows += rows;
+                    let Some(anchor) = &anchor else { continue };
+                    slot.position = Some(Position { since: last_seq, anchor: anchor.clone(), epoch });
+                    if rows == 0 {
+                        continue;
+                    }
+                    let unsaved = slot.unsaved.get_or_insert_with(|| Unsaved {
+                        replicator_id: self.replicator_id.clone(),
+                        source: self.transfer.source.clone(),
+                        target: self.transfer.target.clone(),
+                        start: from.clone(),
+                        counts: Counts::default(),
+                        started,
+                        since: Instant::now(),
+                    });
+                    unsaved.counts += counts;
+                    self.behind.slots.mark_unsaved(&self.id, unsaved.since);
+                    if unsaved.since.elapsed() >= self.behind.after
+                        && let Some(position) = slot.position.clone()
+                    {
+                        // In the middle of a long run, which holds its slot all the time.
+                        if self.behind.save(&self.id, slot).await? == Checked::Moved {
+                            return Err(self.moved());
+                        }
+                        (from, started) = (position.since, SystemTime::now());
+                    }
+                }
+                else => return Ok(()),
+            }
+        }
+    }
+
+    /// Somebody took a side away under the run: what it wrote before may be gone.
+    fn moved(&self) -> TransferError {
+        let reason = String::from("source or target was replaced while it was replicated");
+        TransferError::Document { which: "checkpoint", id: self.id.to_string(), reason }
+    }
+
+    async fn page(&self, page: Arc<Page>, is_news: bool) -> Result<(Seq, u64, Counts)> {
+        let counts = match page.rows.is_empty() {
+            true => Counts::default(),
+            false => self.transfer.page(&page.rows, is_news).await?,
+        };
+        Ok((page.last_seq.clone(), page.rows.len() as u64, counts))
+    }
+
+    async fn begin(&self, slot: &mut Slot) -> Result<Begin> {
+        let (source, target) = (&self.transfer.source, &self.transfer.target);
+        if !self.parameters.use_checkpoints {
+            let since = self.first();
+            if self.parameters.create_target {
+                target.create(&self.parameters.create_target_params).await?;
+            }
+            let page = self.read(since.clone()).await?;
+            return Ok(Begin { page, since, anchor: None, is_known: false });
+        }
+        let known = slot.position.clone().filter(|position| position.epoch == self.behind.slots.epoch());
+        let ahead = async {
+            match &known {
+                Some(position) => self.read(position.since.clone()).await.map(Some),
+                None => Ok(None),
+            }
+        };
+        let (at_source, at_target, page) =
+            tokio::join!(self.behind.read_checkpoint(source, &self.id), self.behind.read_checkpoint(target, &self.id), ahead);
+        let (at_target, is_new_target) = match at_target {
+            Err(error) if error.is_missing_database() && self.parameters.create_target => {
+                target.create(&self.parameters.create_target_params).await?;
+                (None, true)
+            }
+            other => (other?, false),
+        };
+        let (at_source, source_refuses) = match at_source {
+            // A source that lets us read and not look at its local documents takes no checkpoint either.
+            Err(error) if error.is_refusal() => (None, true),
+            other => (other?, false),
+        };
+        if let Some(position) = known
+            && !is_new_target
+            && position.anchor.holds(at_source.as_ref(), at_target.as_ref())
+        {
+            match page {
+                Ok(Some(page)) => {
+                    return Ok(Begin { page, since: position.since, anchor: Some(position.anchor), is_known: true });
+                }
+                // The source does not know the position any more: the checkpoints may have one that it does.
+                Err(TransferError::Peer(error)) if error.error.is_unknown_seq() => {}
+                Err(error) => return Err(error),
+                Ok(None) => {}
+            }
+        }
+        slot.position = None;
+        slot.unsaved = None;
+        self.behind.slots.mark_saved(&self.id);
+        self.compare(at_source, at_target, source_refuses, slot).await
+    }
+
+    /// Nothing is known that can be trusted: the histories say how far both sides agree.
+    async fn compare(
+        &self,
+        at_source: Option<Checkpoint>,
+        at_target: Option<Checkpoint>,
+        source_refuses: bool,
+        slot: &mut Slot,
+    ) -> Result<Begin> {
+        let (source, target) = (&self.transfer.source, &self.transfer.target);
+        let alone = match &at_target {
+            Some(checkpoint) if at_source.is_none() && checkpoint.source_refused.is_some() => {
+                checkpoint.trusted_alone(&source.instance_start_time().await?).cloned()
+            }
+            _ => None,
+        };
+        let ancestor = alone.clone().or_else(|| common_ancestor(at_source.as_ref(), at_target.as_ref()));
+        let is_known = ancestor.is_some();
+        let since = ancestor.unwrap_or_else(|| self.first());
+        let session_of = |checkpoint: &Option<Checkpoint>| checkpoint.as_ref().and_then(|it| it.session_id.clone());
+        let anchor = match (session_of(&at_source), session_of(&at_target)) {
+            (Some(at_source), Some(session_id)) if is_known && at_source == session_id => {
+                Anchor { session_id, is_target_only: false }
+            }
+            (None, Some(session_id)) if alone.is_some() => Anchor { session_id, is_target_only: true },
+            _ => {
+                let begun = Unsaved {
+                    replicator_id: self.replicator_id.clone(),
+                    source: source.clone(),
+                    target: target.clone(),
+                    start: since.clone(),
+                    counts: Counts::default(),
+                    started: SystemTime::now(),
+                    since: Instant::now(),
+                };
+                self.behind.write(&self.id, &begun, &since, at_source.as_ref(), at_target.as_ref(), source_refuses).await?
+            }
+        };
+        slot.position = Some(Position { since: since.clone(), anchor: anchor.clone(), epoch: self.behind.slots.epoch() });
+        let page = self.read(since.clone()).await?;
+        Ok(Begin { page, since, anchor: Some(anchor), is_known: is_known && alone.is_none() })
+    }
+
+    fn first(&self) -> Seq {
+        self.parameters.since_seq.clone().unwrap_or_else(Seq::zero)
+    }
+
+    fn limit(&self) -> usize {
+        self.parameters.batch_size.unwrap_or(PAGE_ROWS)
+    }
+
+    async fn read(&self, since: Seq) -> Result<Arc<Page>> {
+        let source: &Peer = &self.transfer.source;
+        let page = self.transfer.shared.changes(source, self.changes(Some(since.clone()))).await?;
+        // A server that counts (PouchDB): a database that was made again is behind the old one's position.
+        match (&since, &page.last_seq) {
+            (Seq::Number(since), Seq::Number(last)) if last < since => {
+                Ok(self.transfer.shared.changes(source, self.changes(None)).await?)
+            }
+            _ => Ok(page),
+        }
+    }
+
+    fn changes(&self, since: Option<Seq>) -> ChangesRequest {
+        let style = match self.parameters.winning_revs_only {
+            true => "main_only",
+            false => "all_docs",
+        };
+        let mut query = vec![(String::from("style"), String::from(style))];
+        let mut filter = |name: &str| query.push((String::from("filter"), String::from(name)));
+        let body = match &self.parameters.selection {
+            Selection::All => None,
+            Selection::DocIds(ids) => {
+                filter("_doc_ids");
+                Some(json!({ "doc_ids": ids }).to_string().into())
+            }
+            Selection::Selector(selector) => {
+                filter("_selector");
+                Some(json!({ "selector": selector }).to_string().into())
+            }
+            Selection::Filter { name, query: params } => {
+                filter(name);
+                query.extend(params.iter().cloned());
+                None
+            }
+        };
+        ChangesRequest { since, limit: self.limit(), query: query.into(), body }
+    }
+}
