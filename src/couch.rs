@@ -38,6 +38,14 @@ impl Seq {
         Seq::Number(0)
     }
 
+    /// Before the dash: how many updates there were, more or less. A hint, and never a position.
+    pub fn number(&self) -> Option<u64> {
+        match self {
+            Seq::Number(number) => Some(*number),
+            Seq::Text(text) => text.split('-').next()?.parse().ok(),
+        }
+    }
+
     pub fn as_query(&self) -> String {
         match self {
             Seq::Number(n) => n.to_string(),

@@ -12,7 +12,7 @@ pub use engines::Engines;
 
 use crate::config::{EngineChoice, ReplicationSettings};
 use crate::job::Verdict;
-use crate::schedule::{Backoff, Dispatcher, DispatcherSettings, Failure, Perform, Spec, Worker};
+use crate::schedule::{Attempt, Backoff, Dispatcher, DispatcherSettings, Failure, Perform, Spec, Step, Worker};
 use crate::telemetry::{Metrics, OutcomeLabels};
 use futures_util::future::BoxFuture;
 use std::fmt;
@@ -45,18 +45,21 @@ pub struct Replication {
     pub engine: Option<EngineChoice>,
     /// Another replicator goes the other way.
     pub is_bidirectional: bool,
+    /// The higher goes first.
+    pub priority: i32,
 }
 
 /// Leaves out `params`: they carry passwords, in URLs and in headers.
 impl fmt::Debug for Replication {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { replicator_id, params: _, source, target, lane, engine, is_bidirectional: _ } = self;
+        let Self { replicator_id, params: _, source, target, lane, engine, is_bidirectional: _, priority } = self;
         f.debug_struct("Replication")
             .field("replicator_id", replicator_id)
             .field("source", source)
             .field("target", target)
             .field("lane", lane)
             .field("engine", engine)
+            .field("priority", priority)
             .finish_non_exhaustive()
     }
 }
@@ -72,6 +75,14 @@ impl Replication {
 impl Spec for Replication {
     fn lane(&self) -> &str {
         &self.lane
+    }
+
+    fn place(&self) -> &str {
+        &self.target
+    }
+
+    fn priority(&self) -> i32 {
+        self.priority
     }
 
     fn order_key(&self) -> u64 {
@@ -92,6 +103,8 @@ pub struct Report {
     /// Documents that the target refused: the run is done all the same, and the next one does not try them again.
     pub doc_write_failures: u64,
     pub no_changes: bool,
+    /// It gave way to others; there is more.
+    pub is_unfinished: bool,
 }
 
 /// Why a run failed. No text holds a password.
@@ -146,6 +159,7 @@ impl From<&ReplicationSettings> for DispatcherSettings {
         Self {
             workers_max: settings.concurrency,
             concurrency_per_lane: settings.concurrency_per_host,
+            concurrency_per_place: settings.concurrency_per_target,
             per_second_per_lane: settings.per_second_per_host,
             fast_retries: FAST_RETRIES,
             backoff: Backoff::new(RETRY_BASE, RETRY_CAP),
@@ -167,7 +181,7 @@ impl Replicator {
 impl Perform for Replicator {
     type Spec = Replication;
 
-    fn perform(&self, spec: Arc<Replication>) -> BoxFuture<'static, Result<(), Failure>> {
+    fn perform(&self, spec: Arc<Replication>) -> BoxFuture<'static, Attempt> {
         let (run, metrics) = (self.engine.run(spec.clone()), self.metrics.clone());
         Box::pin(async move {
             let started = Instant::now();
@@ -175,10 +189,13 @@ impl Perform for Replicator {
             metrics.replication_duration_seconds.observe(started.elapsed().as_secs_f64());
             let outcome = result.as_ref().map_or_else(ReplicateError::outcome, outcome_of);
             metrics.replications.get_or_create(&OutcomeLabels { outcome }).inc();
-            let Report { docs_read, docs_written, doc_write_failures, .. } = result?;
+            let Report { docs_read, docs_written, doc_write_failures, is_unfinished, .. } = result?;
             let Replication { replicator_id, source, target, .. } = &*spec;
             tracing::debug!(%replicator_id, source, target, docs_read, docs_written, doc_write_failures, outcome, "replicated");
-            Ok(())
+            Ok(match is_unfinished {
+                true => Step::Unfinished,
+                false => Step::Done,
+            })
         })
     }
 
@@ -194,6 +211,7 @@ impl Perform for Replicator {
 
 fn outcome_of(report: &Report) -> &'static str {
     match report {
+        Report { is_unfinished: true, .. } => "unfinished",
         Report { no_changes: true, .. } => "no_changes",
         Report { doc_write_failures: 1.., .. } => "done_with_refused_documents",
         Report { .. } => "done",
@@ -219,6 +237,7 @@ mod tests {
             lane: "host".into(),
             engine: None,
             is_bidirectional: false,
+            priority: 0,
         }
     }
 
@@ -246,6 +265,7 @@ mod tests {
             concurrency_per_host,
             per_second_per_host: None,
             timeout,
+            concurrency_per_target: concurrency,
             requests_per_host: 64,
             checkpoint_after: timeout,
         };
@@ -300,8 +320,14 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn refused_documents_are_no_failed_run() {
-        let (pool, metrics) =
-            pool(vec![Ok(Report { docs_read: 2, docs_written: 1, doc_write_failures: 1, no_changes: false })]).await;
+        let (pool, metrics) = pool(vec![Ok(Report {
+            docs_read: 2,
+            docs_written: 1,
+            doc_write_failures: 1,
+            no_changes: false,
+            ..Report::default()
+        })])
+        .await;
         assert_eq!(submit(&pool, "a").await, Ok(Outcome::Done));
         let outcome = "done_with_refused_documents";
         assert_eq!(metrics.replications.get_or_create(&OutcomeLabels { outcome }).get(), 1);

@@ -267,6 +267,7 @@ impl State {
             target: replicator.target.to_string(),
             lane: replicator.lane(),
             engine: replicator.engine,
+            priority: replicator.priority,
             is_bidirectional: self.goes_both_ways(replicator),
         };
         let outcome = self.arguments.pool.run(replication);

@@ -110,7 +110,7 @@ pub struct Sweeper {
     pub metrics: Arc<Metrics>,
     pub pending_databases_max: usize,
     /// Of databases that replicators write to: when one was made again, what was in it is gone.
-    pub targets: HashMap<DbName, u64>,
+    pub targets: HashMap<DbName, Target>,
     pub sweeps: u64,
 }
 
@@ -205,13 +205,25 @@ impl Sweeper {
         true
     }
 
-    /// A target that was made again lost what was replicated into it.
+    /// A target that was made again lost what was replicated into it, and one that went back, to an older copy of itself, may
+    /// have lost a part. The runs compare checkpoints, so that one look too many costs little.
     pub fn meet_target(&mut self, db: &DbName, info: &DbInfo) {
-        let instance = hash_of(&info.instance_start_time);
-        if self.targets.insert(db.clone(), instance).is_some_and(|known| known != instance) {
+        let seen = Target { instance: hash_of(&info.instance_start_time), number: info.update_seq.number() };
+        if self
+            .targets
+            .insert(db.clone(), seen)
+            .is_some_and(|known| known.instance != seen.instance || seen.number < known.number)
+        {
             let _ = self.topology.cast(topology::Message::TargetMade { db: db.clone() });
         }
     }
+}
+
+/// A target as the last look at it found it.
+#[derive(Debug, Clone, Copy)]
+pub struct Target {
+    instance: u64,
+    number: Option<u64>,
 }
 
 /// Equal where nothing seems to have changed. The text of `update_seq` differs from request to request; only the number

@@ -29,7 +29,7 @@ use behind::Behind;
 use budget::Budget;
 use checkpoint::replication_id;
 use documents::{Transfer, TransferError};
-use parameters::{Local, Parameters};
+use parameters::{Local, Parameters, Selection};
 use peer::{Net, Peer, PeerError, SILENCE_MAX, Which};
 use run::{Done, Run};
 use shared::Shared;
@@ -151,15 +151,16 @@ impl NativeEngine {
             let error = |error| PeerError { which: Which::Source, is_local: true, error: Arc::new(error) };
             welcome.map(|welcome| welcome.uuid.unwrap_or_default()).map_err(error)
         });
-        let id = replication_id(uuid.await?, &spec.replicator_id, parameters).into();
         let transfer = Transfer {
             shared: self.shared.clone(),
             budget: self.budget.clone(),
             source: Peer::new(self.net.clone(), Which::Source, &parameters.source),
             target: Peer::new(self.net.clone(), Which::Target, &parameters.target),
         };
+        let filter_code = filter_code(&transfer.source, &parameters.selection).await?;
+        let id = replication_id(uuid.await?, &spec.replicator_id, parameters, filter_code.as_deref());
         let run = Run {
-            id,
+            id: id.into(),
             replicator_id: spec.replicator_id.clone(),
             behind: &self.behind,
             transfer,
@@ -177,12 +178,27 @@ impl NativeEngine {
     }
 }
 
+/// The function that picks the documents, as it is now in the source's design document.
+async fn filter_code(source: &Peer, selection: &Selection) -> Result<Option<String>, PeerError> {
+    let Selection::Filter { name, query } = selection else { return Ok(None) };
+    let view = query.iter().find(|(key, _)| key == "view").map(|(_, view)| view);
+    let (path, group, field) = match (name.as_str(), view) {
+        ("_view", Some(view)) => (view.as_str(), "views", Some("map")),
+        (name, _) => (name, "filters", None),
+    };
+    let Some((ddoc, function)) = path.split_once('/') else { return Ok(None) };
+    let ddoc = source.design_document(ddoc).await?;
+    let code = &ddoc[group][function];
+    Ok(Some(field.map_or(code, |field| &code[field]).to_string()))
+}
+
 fn report(done: &Done) -> Report {
     Report {
         docs_read: done.counts.docs_read,
         docs_written: done.counts.docs_written,
         doc_write_failures: done.counts.doc_write_failures,
         no_changes: done.rows == 0,
+        is_unfinished: done.is_unfinished,
     }
 }
 

@@ -276,6 +276,15 @@ impl Peer {
         }
     }
 
+    /// Null where there is none: whoever asks for its filter is told so by CouchDB.
+    pub async fn design_document(&self, name: &str) -> Result<Value> {
+        match self.body("doc", self.request(Method::GET, &encode_doc_id(&format!("_design/{name}")))).await {
+            Ok(body) => self.parsed("doc", &body),
+            Err(error) if matches!(&*error.error, CouchError::NotFound(reason) if is_missing_document(reason)) => Ok(Value::Null),
+            Err(error) => Err(error),
+        }
+    }
+
     /// When this database was made, to the second; it is not there on every server.
     pub async fn instance_start_time(&self) -> Result<String> {
         let body = self.body("db", self.request(Method::GET, "")).await?;
