@@ -241,7 +241,7 @@ impl State {
             }
             Child::ReplicatorPool => {
                 let couchdb = Arc::new(CouchEngine::new(couch.clone(), settings.replication.timeout));
-                let engines = Engines { native: native.clone(), couchdb, default: settings.replication.engine };
+                let engines = Engines::new(native.clone(), couchdb, settings.replication.engine);
                 let runner = Replicator::new(Arc::new(engines), metrics.clone());
                 let pool = Pool::spawn(runner, (&settings.replication).into(), supervisor).await?;
                 let cell = pool.cell();
