@@ -6,7 +6,8 @@
 //! only a saving and every 24th sweep hints every database.
 
 use crate::couch::docs::DbInfo;
-use crate::couch::{Couch, CouchError, Seq};
+use crate::couch::fingerprint::Fingerprint;
+use crate::couch::{Couch, CouchError};
 use crate::db::{Instance, directory};
 use crate::feed::cursor::Ledger;
 use crate::job::DbName;
@@ -193,8 +194,8 @@ impl Sweeper {
         if !snapshot.watches(name) {
             return false;
         }
-        let fingerprint = fingerprint(&info);
-        let is_known = self.ledger.cursor().confirmed_fingerprint(name) == Some(fingerprint);
+        let fingerprint = Fingerprint::of(&info);
+        let is_known = self.ledger.cursor().is_confirmed(name, &fingerprint) == Some(true);
         if is_known && !ask_all {
             return false;
         }
@@ -214,40 +215,8 @@ impl Sweeper {
     }
 }
 
-/// Equal where nothing seems to have changed. The text of `update_seq` differs from request to request; only the number
-/// before its dash says something.
-pub fn fingerprint(info: &DbInfo) -> u64 {
-    let number = match &info.update_seq {
-        Seq::Number(number) => number.to_string(),
-        Seq::Text(text) => text.split('-').next().unwrap_or_default().to_string(),
-    };
-    hash_of(&(&info.instance_start_time, number, info.doc_count, info.doc_del_count))
-}
-
 fn hash_of(value: &impl Hash) -> u64 {
     let mut hasher = DefaultHasher::new();
     value.hash(&mut hasher);
     hasher.finish()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_fingerprint_sees_what_matters_and_no_more() {
-        let info = |seq: &str, docs, deleted, instance: &str| DbInfo {
-            update_seq: Seq::from(seq),
-            doc_count: docs,
-            doc_del_count: deleted,
-            instance_start_time: instance.to_string(),
-        };
-        let base = fingerprint(&info("7-abc", 3, 1, "100"));
-        assert_eq!(base, fingerprint(&info("7-xyz", 3, 1, "100")), "the text after the dash is another each time");
-        for other in
-            [info("8-abc", 3, 1, "100"), info("7-abc", 4, 1, "100"), info("7-abc", 3, 2, "100"), info("7-abc", 3, 1, "200")]
-        {
-            assert_ne!(base, fingerprint(&other), "{other:?}");
-        }
-    }
 }
