@@ -43,7 +43,12 @@ struct Wanted {
     rules: Vec<Arc<Rule>>,
     /// How often all was asked for: what is asked for during a sweep is not done by it.
     asks: u64,
+    /// Full sweeps since the last one that hinted every database.
+    trusting: u64,
 }
+
+/// One sweep in so many does not trust fingerprints.
+const ASK_ALL_EVERY: u64 = 24;
 
 impl Queue {
     pub fn ask(&self, scope: Scope) {
@@ -62,6 +67,22 @@ impl Queue {
             }
         }
         self.asked.notify_one();
+    }
+
+    /// Goes on counting where an earlier process ended: a process that lives for a few sweeps only must not trust for ever.
+    pub fn resume(&self, trusting: u64) {
+        let mut wanted = self.wanted();
+        wanted.trusting = wanted.trusting.max(trusting.min(Self::TRUSTING_MAX));
+    }
+
+    pub const TRUSTING_MAX: u64 = ASK_ALL_EVERY - 1;
+
+    /// Whether a sweep hints every database, whatever its fingerprint says.
+    pub fn asks_all(&self, scope: &Scope) -> bool {
+        match scope {
+            Scope::All => self.wanted().trusting >= Self::TRUSTING_MAX,
+            Scope::Rules(_) => true,
+        }
     }
 
     pub fn is_empty(&self) -> bool {
@@ -87,14 +108,19 @@ impl Queue {
         }
     }
 
-    pub fn done(&self, scope: &Scope, asks: u64) {
+    /// Gives the count to `resume` with.
+    pub fn done(&self, scope: &Scope, asks: u64, asked_all: bool) -> u64 {
         let mut wanted = self.wanted();
         match scope {
-            Scope::All => wanted.all = wanted.asks != asks,
+            Scope::All => {
+                wanted.all = wanted.asks != asks;
+                wanted.trusting = if asked_all { 0 } else { wanted.trusting.saturating_add(1) };
+            }
             Scope::Rules(swept) => {
                 wanted.rules.retain(|rule| !swept.iter().any(|other| other.id == rule.id && other.rev == rule.rev));
             }
         }
+        wanted.trusting
     }
 
     fn wanted(&self) -> MutexGuard<'_, Wanted> {
@@ -112,7 +138,6 @@ pub struct Sweeper {
     pub pending_databases_max: usize,
     /// Of databases that replicators write to: when one was made again, what was in it is gone.
     pub targets: HashMap<DbName, u64>,
-    pub sweeps: u64,
 }
 
 const NAMES_PAGE: usize = 1000;
@@ -120,20 +145,10 @@ const NAMES_PAGE: usize = 1000;
 const INFO_KEYS: usize = 100;
 /// Two such requests a second keep a sweep of 100,000 databases below a tenth of what CouchDB can do.
 const INFO_EVERY: Duration = Duration::from_millis(500);
-/// One sweep in so many does not trust fingerprints.
-const ASK_ALL_EVERY: u64 = 24;
-
 impl Sweeper {
     /// Returns how many databases were hinted.
-    pub async fn sweep(&mut self, scope: &Scope) -> Result<usize, CouchError> {
+    pub async fn sweep(&mut self, scope: &Scope, ask_all: bool) -> Result<usize, CouchError> {
         let snapshot = self.snapshot.borrow().clone();
-        let ask_all = match scope {
-            Scope::All => {
-                self.sweeps += 1;
-                self.sweeps.is_multiple_of(ASK_ALL_EVERY)
-            }
-            Scope::Rules(_) => true,
-        };
         let in_scope = |name: &str| match scope {
             Scope::All => snapshot.watches(name) || !snapshot.replicators_to(name).is_empty(),
             Scope::Rules(rules) => snapshot.watches(name) && rules.iter().any(|rule| rule.pattern.may_match(name)),
@@ -170,8 +185,8 @@ impl Sweeper {
             self.ledger.cursor().retain_fingerprints(|db| seen.contains(db));
             self.targets.retain(|db, _| !snapshot.replicators_to(db).is_empty());
         }
-        self.metrics.sweeps.inc();
         self.metrics.sweep_found.inc_by(found as u64);
+        self.metrics.sweeps.inc();
         Ok(found)
     }
 
@@ -219,4 +234,42 @@ fn hash_of(value: &impl Hash) -> u64 {
     let mut hasher = DefaultHasher::new();
     value.hash(&mut hasher);
     hasher.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_full_sweep_in_24_asks_all_however_often_the_process_is_started() {
+        let mut stored = 0;
+        let mut asked = Vec::new();
+        for number in 1..=72 {
+            // Each process sweeps twice.
+            let queue = Queue::default();
+            queue.resume(stored);
+            for sweep in 0..2 {
+                let ask_all = queue.asks_all(&Scope::All);
+                if ask_all {
+                    asked.push(2 * number + sweep - 1);
+                }
+                stored = queue.done(&Scope::All, 0, ask_all);
+            }
+        }
+        assert_eq!(asked, [24, 48, 72, 96, 120, 144]);
+    }
+
+    #[test]
+    fn what_was_counted_is_bounded_and_never_forgotten() {
+        let queue = Queue::default();
+        queue.resume(u64::MAX);
+        assert!(queue.asks_all(&Scope::All));
+        assert_eq!(queue.done(&Scope::All, 0, true), 0);
+        queue.done(&Scope::All, 0, false);
+        // The feed was rebuilt, and read an older count.
+        queue.resume(0);
+        assert_eq!(queue.done(&Scope::All, 0, false), 2);
+        assert_eq!(queue.done(&Scope::Rules(Vec::new()), 0, true), 2, "a rule's sweep is none of all databases");
+        assert!(queue.asks_all(&Scope::Rules(Vec::new())));
+    }
 }
