@@ -61,6 +61,7 @@ pub struct GlobalChangesActor;
 #[derive(Clone)]
 pub struct Arguments {
     pub couch: Couch,
+    pub db_name: String,
     pub checkpoints: Checkpoints,
     pub ledger: Arc<Ledger>,
     pub sweeps: Arc<sweep::Queue>,
@@ -503,9 +504,10 @@ const GATHER: Duration = Duration::from_millis(100);
 
 async fn sweep_what_is_asked(arguments: Arguments, myself: ActorRef<Message>, swept_once: oneshot::Sender<()>) {
     let mut swept_once = Some(swept_once);
-    let Arguments { couch, ledger, sweeps, snapshot, directory, topology, metrics, settings, .. } = arguments;
+    let Arguments { couch, db_name, ledger, sweeps, snapshot, directory, topology, metrics, settings, .. } = arguments;
     let mut sweeper = Sweeper {
         couch: couch.clone(),
+        spiegel_db: db_name,
         ledger,
         snapshot: snapshot.clone(),
         directory,

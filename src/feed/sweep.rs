@@ -1,14 +1,16 @@
 //! The sweep finds what the feed lost.
 //!
 //! `_global_changes` loses rows by construction. The sweep compares a fingerprint of each watched database with the one that it
-//! read before work which has since been confirmed. Equal means nothing to do; different or unknown means a hint, and the run
-//! that follows asks `_changes`. The numbers can look unchanged right after a write, and differ by replica, so equality is
-//! only a saving and every 24th sweep hints every database.
+//! read before work which has since been confirmed: it remembers that, and of what an earlier process did the `change_listener`
+//! may know. Equal means nothing to do; different or unknown means a hint, and the run that follows asks `_changes`. The numbers
+//! can look unchanged right after a write, and differ by replica, so equality is only a saving and every 24th sweep hints every
+//! database.
 
 use crate::couch::docs::DbInfo;
 use crate::couch::fingerprint::Fingerprint;
 use crate::couch::{Couch, CouchError};
-use crate::db::{Instance, directory};
+use crate::db::listen::document_id;
+use crate::db::{Instance, directory, known};
 use crate::feed::cursor::Ledger;
 use crate::job::DbName;
 use crate::rules::catalogue::Snapshot;
@@ -130,6 +132,7 @@ impl Queue {
 
 pub struct Sweeper {
     pub couch: Couch,
+    pub spiegel_db: String,
     pub ledger: Arc<Ledger>,
     pub snapshot: watch::Receiver<Arc<Snapshot>>,
     pub directory: ActorRef<directory::Message>,
@@ -167,6 +170,9 @@ impl Sweeper {
             for keys in wanted.chunks(INFO_KEYS) {
                 pace.tick().await;
                 let infos = self.couch.dbs_info(keys).await?;
+                if !ask_all {
+                    self.recall(&snapshot, keys, &infos).await;
+                }
                 for (name, info) in keys.iter().zip(infos) {
                     seen.insert((*name).to_string());
                     found += usize::from(self.look(&snapshot, name, info, ask_all).await);
@@ -188,6 +194,25 @@ impl Sweeper {
         self.metrics.sweep_found.inc_by(found as u64);
         self.metrics.sweeps.inc();
         Ok(found)
+    }
+
+    /// Takes into the ledger what an earlier process did, where the `change_listener` says so. That knows nothing of replicators.
+    async fn recall(&self, snapshot: &Snapshot, names: &[&str], infos: &[Option<DbInfo>]) {
+        let mut unknown = Vec::new();
+        for (name, info) in names.iter().zip(infos) {
+            let Some(info) = info.as_ref().filter(|_| snapshot.watches(name) && snapshot.replicators_from(name).is_empty())
+            else {
+                continue;
+            };
+            let (rules, fingerprint) = (snapshot.rules_of(name), Fingerprint::of(info));
+            let is_unknown = self.ledger.cursor().is_confirmed(name, &fingerprint).is_none();
+            if is_unknown && fingerprint.is_lasting() && !rules.is_empty() {
+                unknown.push((DbName::from(*name), fingerprint, rules));
+            }
+        }
+        for (db, fingerprint) in delivered_before(&self.couch, &self.spiegel_db, unknown).await {
+            self.ledger.cursor().confirm(&db, &fingerprint);
+        }
     }
 
     async fn look(&mut self, snapshot: &Snapshot, name: &str, info: Option<DbInfo>, ask_all: bool) -> bool {
@@ -228,6 +253,27 @@ impl Sweeper {
             let _ = self.topology.cast(topology::Message::TargetMade { db: db.clone() });
         }
     }
+}
+
+/// Those whose `change_listener` says that their rules have everything up to the state that looks so, by one request. Where it
+/// fails, the saving is lost and nothing else.
+async fn delivered_before(
+    couch: &Couch,
+    spiegel_db: &str,
+    unknown: Vec<(DbName, Fingerprint, Vec<Arc<Rule>>)>,
+) -> Vec<(DbName, Fingerprint)> {
+    if unknown.is_empty() {
+        return Vec::new();
+    }
+    let ids: Vec<String> = unknown.iter().map(|(db, ..)| document_id(db)).collect();
+    let docs = couch.get_docs(spiegel_db, &ids).await.unwrap_or_else(|error| {
+        tracing::debug!(%error, "cannot load what the change listeners know, asking their databases");
+        Vec::new()
+    });
+    let known = unknown.into_iter().zip(docs).filter_map(|((db, fingerprint, rules), doc)| {
+        known::is_delivered(&doc?, &fingerprint, &rules).then_some((db, fingerprint))
+    });
+    known.collect()
 }
 
 fn hash_of(value: &impl Hash) -> u64 {
