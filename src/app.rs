@@ -295,6 +295,7 @@ impl State {
             Child::GlobalChanges => {
                 let arguments = feed::Arguments {
                     couch: couch.clone(),
+                    db_name: settings.db_name.clone(),
                     checkpoints: needed(&self.built.checkpoints)?,
                     ledger: ledger.clone(),
                     sweeps: sweeps.clone(),

@@ -6,6 +6,7 @@
 
 pub mod changes;
 pub mod docs;
+pub mod fingerprint;
 pub mod health;
 pub mod replicate;
 

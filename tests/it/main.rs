@@ -10,6 +10,7 @@ mod blog;
 mod cli;
 mod faults;
 mod feedback;
+mod first_sweep;
 mod kill;
 mod lost_rows;
 mod main_job;
