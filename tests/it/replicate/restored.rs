@@ -34,12 +34,40 @@ async fn nothing_missing(pair: &Pair, when: &str) {
     assert_nothing_missing(source, target, when).await;
 }
 
+/// Until both sides' checkpoints cover everything: a copy that is put back sooner has the checkpoint that counts now.
+async fn checkpointed(pair: &Pair) {
+    let couch = &pair.lab.couch;
+    let documents = async |db: &str| {
+        let path = format!("{}/_local_docs?include_docs=true", encode(db));
+        let (_, page) = couch.ask(Method::GET, &path, None).await;
+        let rows = page["rows"].as_array().expect("rows").iter();
+        rows.map(|row| row["doc"].clone()).filter(|doc| doc["source_last_seq"].is_string()).collect::<Vec<_>>()
+    };
+    let covered = async || {
+        let (at_source, at_target) = (documents(&pair.source.db).await, documents(&pair.ours).await);
+        for doc in at_target {
+            let same = |other: &Value| other["_id"] == doc["_id"] && other["session_id"] == doc["session_id"];
+            if !at_source.iter().any(same) {
+                continue;
+            }
+            let since = encode(doc["source_last_seq"].as_str().expect("a sequence"));
+            let page = couch.changes(&pair.source.db, &format!("since={since}&limit=1")).await;
+            if page["results"].as_array().is_some_and(Vec::is_empty) {
+                return Some(());
+            }
+        }
+        None
+    };
+    eventually(CAUGHT_UP, "a checkpoint that covers everything", covered).await;
+}
+
 async fn started(lab: &Arc<Lab>) -> (Pair, crate::support::Spiegel) {
     let mut pair = Pair::new(lab.clone()).await;
     pair.source.grow(Pair::size() / 4, 0).await;
     pair.replicator(json!({})).await;
-    let spiegel = lab.spiegel().await;
+    let spiegel = lab.spiegel_with(&[("REPLICATION_CHECKPOINT_AFTER", "200ms")]).await;
     pair.caught_up("at first").await;
+    checkpointed(&pair).await;
     (pair, spiegel)
 }
 
@@ -81,6 +109,7 @@ async fn a_target_put_back_from_an_older_copy_is_completed(lab: Arc<Lab>) {
             pair.source.grow(10, 20).await;
             pair.caught_up("after the copy").await;
         }
+        checkpointed(&pair).await;
         control(&lab, "restore", &pair.ours).await;
         if restarted {
             spiegel.restart().await;
@@ -96,7 +125,8 @@ async fn a_source_put_back_from_an_older_copy_goes_on(lab: Arc<Lab>) {
     // The lost time was longer than what comes after, as long, and shorter.
     for (number, (lost, after)) in [(30, 2), (10, 10), (2, 30)].into_iter().enumerate() {
         lab.couch.fill(&pair.source.db, &format!("lost{number}_"), lost).await;
-        pair_has_all(&pair, "before it is lost").await;
+        nothing_missing(&pair, "before it is lost").await;
+        checkpointed(&pair).await;
         control(&lab, "restore", &pair.source.db).await;
         if number == 1 {
             spiegel.restart().await;
@@ -108,10 +138,6 @@ async fn a_source_put_back_from_an_older_copy_goes_on(lab: Arc<Lab>) {
     }
     pair.source.grow(3, 0).await;
     nothing_missing(&pair, "and on").await;
-}
-
-async fn pair_has_all(pair: &Pair, when: &str) {
-    nothing_missing(pair, when).await;
 }
 
 async fn a_source_made_again_with_fewer_documents_goes_on(lab: Arc<Lab>) {
@@ -134,12 +160,15 @@ async fn both_sides_put_back_from_copies_of_other_days(lab: Arc<Lab>) {
     for (first, second) in [(&source, &ours), (&ours, &source)] {
         lab.couch.fill(&source, &format!("day 1 {first} "), 5).await;
         nothing_missing(&pair, "day 1").await;
+        checkpointed(&pair).await;
         control(&lab, "snapshot", first).await;
         lab.couch.fill(&source, &format!("day 2 {first} "), 5).await;
         nothing_missing(&pair, "day 2").await;
+        checkpointed(&pair).await;
         control(&lab, "snapshot", second).await;
         lab.couch.fill(&source, &format!("day 3 {first} "), 5).await;
         nothing_missing(&pair, "day 3").await;
+        checkpointed(&pair).await;
         spiegel.stop().await;
         control(&lab, "restore", &source).await;
         control(&lab, "restore", &ours).await;
