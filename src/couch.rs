@@ -44,6 +44,14 @@ impl Seq {
             Seq::Text(s) => s.to_string(),
         }
     }
+
+    /// What people can read of it.
+    pub fn number(&self) -> Option<u64> {
+        match self {
+            Seq::Number(n) => Some(*n),
+            Seq::Text(s) => s.split('-').next()?.parse().ok(),
+        }
+    }
 }
 
 impl From<&str> for Seq {

@@ -268,6 +268,7 @@ impl State {
             lane: replicator.lane(),
             engine: replicator.engine,
             is_bidirectional: self.goes_both_ways(replicator),
+            progress: Arc::default(),
         };
         let outcome = self.arguments.pool.run(replication);
         tokio::spawn(async move {

@@ -52,6 +52,12 @@ pub struct Metrics {
     pub replications_running: Gauge,
     pub replications_queued: Gauge,
     pub replication_duration_seconds: Histogram,
+    pub replication_docs_read: Counter,
+    pub replication_docs_written: Counter,
+    pub replication_doc_write_failures: Counter,
+    pub replication_missing_checked: Counter,
+    pub replication_missing_found: Counter,
+    pub replication_bytes_read: Counter,
     pub restarts: Family<ChildLabels, Counter>,
     pub rules: Gauge,
     pub replicators: Gauge,
@@ -87,6 +93,12 @@ impl Metrics {
             replications_running: Gauge::default(),
             replications_queued: Gauge::default(),
             replication_duration_seconds: seconds(),
+            replication_docs_read: Counter::default(),
+            replication_docs_written: Counter::default(),
+            replication_doc_write_failures: Counter::default(),
+            replication_missing_checked: Counter::default(),
+            replication_missing_found: Counter::default(),
+            replication_bytes_read: Counter::default(),
             restarts: Family::default(),
             rules: Gauge::default(),
             replicators: Gauge::default(),
@@ -125,6 +137,24 @@ impl Metrics {
         r.register("replications_running", "Replications under way", self.replications_running.clone());
         r.register("replications_queued", "Replications waiting for their turn", self.replications_queued.clone());
         r.register("replication_duration_seconds", "Time of one replication run", self.replication_duration_seconds.clone());
+        r.register("replication_docs_read", "Documents that replications read", self.replication_docs_read.clone());
+        r.register("replication_docs_written", "Documents that replications wrote", self.replication_docs_written.clone());
+        r.register(
+            "replication_doc_write_failures",
+            "Documents that targets refused",
+            self.replication_doc_write_failures.clone(),
+        );
+        r.register(
+            "replication_missing_checked",
+            "Revisions that replications looked for in their targets",
+            self.replication_missing_checked.clone(),
+        );
+        r.register("replication_missing_found", "Revisions that targets lacked", self.replication_missing_found.clone());
+        r.register(
+            "replication_bytes_read",
+            "Bytes of documents and attachments that replications read",
+            self.replication_bytes_read.clone(),
+        );
         r.register("supervisor_restarts", "Children restarted by the supervisor", self.restarts.clone());
         r.register("rules", "Valid on_change documents", self.rules.clone());
         r.register("replicators", "Valid replicator documents", self.replicators.clone());
