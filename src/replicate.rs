@@ -14,7 +14,7 @@ pub use progress::Progress;
 
 use crate::config::{EngineChoice, ReplicationSettings};
 use crate::job::Verdict;
-use crate::schedule::{Backoff, Dispatcher, DispatcherSettings, Failure, Perform, Spec, Worker};
+use crate::schedule::{Attempt, Backoff, Dispatcher, DispatcherSettings, Failure, Perform, Spec, Step, Worker};
 use crate::telemetry::{Metrics, OutcomeLabels};
 use futures_util::future::BoxFuture;
 use std::fmt;
@@ -49,18 +49,21 @@ pub struct Replication {
     pub is_bidirectional: bool,
     /// Of this one run, for whoever asked for it.
     pub progress: Arc<Progress>,
+    /// The higher goes first.
+    pub priority: i32,
 }
 
 /// Leaves out `params`: they carry passwords, in URLs and in headers.
 impl fmt::Debug for Replication {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { replicator_id, source, target, lane, engine, .. } = self;
+        let Self { replicator_id, source, target, lane, engine, priority, .. } = self;
         f.debug_struct("Replication")
             .field("replicator_id", replicator_id)
             .field("source", source)
             .field("target", target)
             .field("lane", lane)
             .field("engine", engine)
+            .field("priority", priority)
             .finish_non_exhaustive()
     }
 }
@@ -76,6 +79,14 @@ impl Replication {
 impl Spec for Replication {
     fn lane(&self) -> &str {
         &self.lane
+    }
+
+    fn place(&self) -> &str {
+        &self.target
+    }
+
+    fn priority(&self) -> i32 {
+        self.priority
     }
 
     fn order_key(&self) -> u64 {
@@ -104,6 +115,8 @@ pub struct Report {
     /// Sent by this run, to both sides. What several runs ask together counts for the one that carried it.
     pub requests: u64,
     pub no_changes: bool,
+    /// It gave way to others; there is more.
+    pub is_unfinished: bool,
     pub first_refused: Option<RefusedDocument>,
 }
 
@@ -121,6 +134,22 @@ impl RefusedDocument {
     pub fn new(id: &str, reason: &str) -> Self {
         let id = shown(id, REFUSED_CHARS_MAX);
         Self { id, reason: shown(reason, REFUSED_CHARS_MAX) }
+    }
+}
+
+/// The parts of one run, between which it gave way to others.
+impl std::ops::AddAssign for Report {
+    fn add_assign(&mut self, next: Self) {
+        self.missing_checked += next.missing_checked;
+        self.missing_found += next.missing_found;
+        self.docs_read += next.docs_read;
+        self.docs_written += next.docs_written;
+        self.doc_write_failures += next.doc_write_failures;
+        self.bytes_read += next.bytes_read;
+        self.requests += next.requests;
+        self.no_changes &= next.no_changes;
+        self.is_unfinished = next.is_unfinished;
+        self.first_refused = self.first_refused.take().or(next.first_refused);
     }
 }
 
@@ -187,6 +216,7 @@ impl From<&ReplicationSettings> for DispatcherSettings {
         Self {
             workers_max: settings.concurrency,
             concurrency_per_lane: settings.concurrency_per_host,
+            concurrency_per_place: settings.concurrency_per_target,
             per_second_per_lane: settings.per_second_per_host,
             fast_retries: FAST_RETRIES,
             backoff: Backoff::new(RETRY_BASE, RETRY_CAP),
@@ -208,7 +238,7 @@ impl Replicator {
 impl Perform for Replicator {
     type Spec = Replication;
 
-    fn perform(&self, spec: Arc<Replication>) -> BoxFuture<'static, Result<(), Failure>> {
+    fn perform(&self, spec: Arc<Replication>) -> BoxFuture<'static, Attempt> {
         spec.progress.start(SystemTime::now());
         let (run, metrics) = (self.engine.run(spec.clone()), self.metrics.clone());
         Box::pin(async move {
@@ -219,11 +249,15 @@ impl Perform for Replicator {
             let outcome = result.as_ref().map_or_else(ReplicateError::outcome, outcome_of);
             metrics.replications.get_or_create(&OutcomeLabels { outcome }).inc();
             // What a run that failed had brought over by then is there all the same.
-            let report = result.as_ref().cloned().unwrap_or_else(|_| spec.progress.seen().report);
-            spec.progress.end(&report, duration);
-            count(&metrics, &report);
-            say(&spec, &report, outcome, duration);
-            result.map(|_| ()).map_err(Failure::from)
+            let part = result.as_ref().cloned().unwrap_or_else(|_| spec.progress.seen().part);
+            count(&metrics, &part);
+            say(&spec, &part, outcome, duration);
+            spec.progress.end(&part, duration);
+            if part.is_unfinished && result.is_ok() {
+                return Ok(Step::Unfinished);
+            }
+            say_refused(&spec, &spec.progress.seen().report());
+            result.map(|_| Step::Done).map_err(Failure::from)
         })
     }
 
@@ -264,23 +298,24 @@ fn say(spec: &Replication, report: &Report, outcome: &str, duration: Duration) {
         duration_ms = duration.as_millis(),
         "replicated"
     );
-    if *doc_write_failures > 0 {
-        // `_replicate` counts them and names none.
-        let first = report.first_refused.as_ref();
-        tracing::warn!(
-            %replicator_id,
-            source,
-            target,
-            doc_write_failures,
-            first_doc_id = first.map(|doc| doc.id.as_str()),
-            first_reason = first.map(|doc| doc.reason.as_str()),
-            "the target refused documents"
-        );
+}
+
+/// Somebody should know: no later run tries them again.
+fn say_refused(spec: &Replication, report: &Report) {
+    let Report { doc_write_failures, first_refused, .. } = report;
+    if *doc_write_failures == 0 {
+        return;
     }
+    let Replication { replicator_id, source, target, .. } = spec;
+    // `_replicate` counts them and names none.
+    let first_doc_id = first_refused.as_ref().map(|doc| doc.id.as_str());
+    let first_reason = first_refused.as_ref().map(|doc| doc.reason.as_str());
+    tracing::warn!(%replicator_id, source, target, doc_write_failures, first_doc_id, first_reason, "the target refused documents");
 }
 
 fn outcome_of(report: &Report) -> &'static str {
     match report {
+        Report { is_unfinished: true, .. } => "unfinished",
         Report { no_changes: true, .. } => "no_changes",
         Report { doc_write_failures: 1.., .. } => "done_with_refused_documents",
         Report { .. } => "done",
@@ -307,6 +342,7 @@ mod tests {
             engine: None,
             is_bidirectional: false,
             progress: Arc::default(),
+            priority: 0,
         }
     }
 
@@ -334,6 +370,7 @@ mod tests {
             concurrency_per_host,
             per_second_per_host: None,
             timeout,
+            concurrency_per_target: concurrency,
             requests_per_host: 64,
             checkpoint_after: timeout,
         };
@@ -411,9 +448,22 @@ mod tests {
         assert_eq!(spec.progress.seen().started_at, None, "it waits for its turn");
         let run = replicator.perform(spec.clone());
         assert!(spec.progress.seen().started_at.is_some() && spec.progress.seen().duration.is_none());
-        assert_eq!(run.await, Ok(()));
+        assert_eq!(run.await, Ok(Step::Done));
         let seen = spec.progress.seen();
-        assert_eq!((seen.report.docs_written, seen.duration), (3, Some(Duration::from_secs(1))));
+        assert_eq!((seen.report().docs_written, seen.duration), (3, Some(Duration::from_secs(1))));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_run_that_gave_way_is_one_run() {
+        let part = |docs_written, is_unfinished| Ok(Report { docs_written, is_unfinished, ..Report::default() });
+        let (spec, answers) = (Arc::new(replication("a")), vec![part(4, false), part(3, true), part(1, false)]);
+        let replicator = Replicator::new(Arc::new(Told(Mutex::new(answers))), Metrics::new());
+        for (step, docs_written, seconds) in [(Step::Done, 1, 1), (Step::Unfinished, 3, 1), (Step::Done, 7, 2)] {
+            assert_eq!(replicator.perform(spec.clone()).await, Ok(step));
+            let seen = spec.progress.seen();
+            assert_eq!((seen.report().docs_written, seen.duration), (docs_written, Some(Duration::from_secs(seconds))));
+        }
+        assert_eq!(replicator.metrics.replication_docs_written.get(), 8);
     }
 
     #[test]

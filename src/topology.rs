@@ -267,6 +267,7 @@ impl State {
             target: replicator.target.to_string(),
             lane: replicator.lane(),
             engine: replicator.engine,
+            priority: replicator.priority,
             is_bidirectional: self.goes_both_ways(replicator),
             progress: Arc::default(),
         };

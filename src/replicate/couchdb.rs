@@ -162,6 +162,7 @@ mod tests {
             engine: None,
             is_bidirectional: false,
             progress: Arc::default(),
+            priority: 0,
         })
     }
 

@@ -192,6 +192,7 @@ fn report(done: &Done, transfer: &Transfer) -> Report {
         requests: transfer.source.requests() + transfer.target.requests(),
         no_changes: done.rows == 0,
         first_refused: transfer.first_refused.get().cloned(),
+        is_unfinished: done.is_unfinished,
     }
 }
 

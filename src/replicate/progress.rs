@@ -14,15 +14,25 @@ pub struct Progress(Mutex<Seen>);
 pub struct Seen {
     /// None while it waits for its turn.
     pub started_at: Option<SystemTime>,
-    /// None while it runs.
+    /// Of the parts that ended.
     pub duration: Option<Duration>,
     /// Who makes it; never `Auto`.
     pub engine: Option<EngineChoice>,
-    pub report: Report,
+    /// What it did before it gave way to others, and its part since then.
+    pub before: Report,
+    pub part: Report,
     /// Of what was there when it began; where the source tells.
     pub changes_pending: Option<u64>,
     /// The number of the source's seq up to which everything is in the target.
     pub through_seq: Option<u64>,
+}
+
+impl Seen {
+    pub fn report(&self) -> Report {
+        let mut report = self.before.clone();
+        report += self.part.clone();
+        report
+    }
 }
 
 impl Progress {
@@ -38,24 +48,28 @@ impl Progress {
         self.locked().started_at.is_some()
     }
 
-    /// Again for each try.
+    /// Again for each try and each part.
     pub fn start(&self, at: SystemTime) {
-        *self.locked() = Seen { started_at: Some(at), ..Seen::default() };
+        let mut seen = self.locked();
+        *seen = match seen.part.is_unfinished && seen.duration.is_some() {
+            true => Seen { before: seen.report(), part: Report::default(), ..seen.clone() },
+            false => Seen { started_at: Some(at), before: Report { no_changes: true, ..Report::default() }, ..Seen::default() },
+        };
     }
 
     pub fn made_by(&self, engine: EngineChoice) {
         self.locked().engine = Some(engine);
     }
 
-    pub fn so_far(&self, report: Report, changes_pending: Option<u64>, through_seq: Option<u64>) {
+    pub fn so_far(&self, part: Report, changes_pending: Option<u64>, through_seq: Option<u64>) {
         let mut seen = self.locked();
-        seen.report = report;
+        seen.part = part;
         (seen.changes_pending, seen.through_seq) = (changes_pending, through_seq);
     }
 
-    pub fn end(&self, report: &Report, duration: Duration) {
+    pub fn end(&self, part: &Report, duration: Duration) {
         let mut seen = self.locked();
-        seen.report = report.clone();
-        seen.duration = Some(duration);
+        seen.part = part.clone();
+        seen.duration = Some(seen.duration.unwrap_or_default() + duration);
     }
 }

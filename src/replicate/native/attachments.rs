@@ -14,7 +14,8 @@ use reqwest::{Body, RequestBuilder, Response};
 use serde::Deserialize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::task::yield_now;
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
 /// What became of the revision.
@@ -257,10 +258,19 @@ impl Progress {
 #[error("the source broke off")]
 struct BrokenOff;
 
+/// A target that refuses by the request's head answers within this, and closes; what is written after that is reset, and the
+/// failed write hides the answer. Where attachments are worth a stream, it is not noticed.
+const HEAD_START: Duration = Duration::from_millis(10);
+
 /// The target asks for each chunk, so that asking says that it took the one before.
 fn chunks(response: Response, progress: Arc<Progress>) -> impl Stream<Item = Result<bytes::Bytes, BrokenOff>> + Send {
-    try_unfold((response, progress), |(mut response, progress)| async move {
+    try_unfold((response, progress, 0_u64), |(mut response, progress, count)| async move {
         progress.wait_for(Side::Source, 0);
+        match count {
+            1 => sleep(HEAD_START).await,
+            // Mostly enough to see a later answer before more is written.
+            _ => yield_now().await,
+        }
         let chunk = tokio::select! {
             biased;
             () = progress.stop.cancelled() => return Err(BrokenOff),
@@ -269,7 +279,7 @@ fn chunks(response: Response, progress: Arc<Progress>) -> impl Stream<Item = Res
         match chunk {
             Ok(chunk) => {
                 progress.wait_for(Side::Target, chunk.as_ref().map_or(0, bytes::Bytes::len));
-                Ok(chunk.map(|chunk| (chunk, (response, progress))))
+                Ok(chunk.map(|chunk| (chunk, (response, progress, count + 1))))
             }
             Err(error) => {
                 progress.source_failed(&error);

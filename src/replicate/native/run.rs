@@ -16,11 +16,13 @@ use futures_util::future::{BoxFuture, Fuse, FusedFuture, FutureExt};
 use futures_util::stream::{FuturesOrdered, StreamExt};
 use serde_json::json;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 use tokio::time::Instant;
 
 /// Rows of a page, unless the replicator says otherwise.
 const PAGE_ROWS: usize = 1_000;
+/// After so long a run gives way to others, at the end of a page.
+const TURN: Duration = Duration::from_secs(10);
 /// Pages whose documents are on their way at once.
 const PAGES: usize = 3;
 
@@ -39,6 +41,8 @@ pub struct Run<'a> {
 pub struct Done {
     pub counts: Counts,
     pub rows: u64,
+    /// There is more than one turn could bring.
+    pub is_unfinished: bool,
 }
 
 type Result<T> = std::result::Result<T, TransferError>;
@@ -71,6 +75,7 @@ impl Run<'_> {
 
     async fn pages(&self, begin: Begin, is_news: bool, slot: &mut Slot, done: &mut Done) -> Result<()> {
         let Begin { page, since: start, anchor, .. } = begin;
+        let begun = Instant::now();
         let epoch = self.behind.slots.epoch();
         // What is written while we read is the next run's: a source that never rests must not keep this one.
         let mut left = page.pending.map(|pending| pending.saturating_add(page.rows.len() as u64));
@@ -88,7 +93,9 @@ impl Run<'_> {
                     || left == Some(0)
                     || page.pending == Some(0)
                     || (page.pending.is_none() && rows < self.limit() as u64);
-                if !is_last {
+                if !is_last && begun.elapsed() > TURN {
+                    done.is_unfinished = true;
+                } else if !is_last {
                     let next = self.transfer.shared.changes(&self.transfer.source, self.changes(Some(page.last_seq.clone())));
                     reading = async { next.await.map_err(TransferError::from) }.boxed().fuse();
                 }
