@@ -26,6 +26,11 @@ pub struct ChildLabels {
     pub child: &'static str,
 }
 
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub struct StateLabels {
+    pub state: &'static str,
+}
+
 /// Every metric of the process; cloned as one `Arc`.
 pub struct Metrics {
     registry: Registry,
@@ -60,7 +65,7 @@ pub struct Metrics {
     pub replication_bytes_read: Counter,
     pub restarts: Family<ChildLabels, Counter>,
     pub rules: Gauge,
-    pub replicators: Gauge,
+    pub replicators: Family<StateLabels, Gauge>,
     pub invalid_documents: Gauge,
 }
 
@@ -101,7 +106,7 @@ impl Metrics {
             replication_bytes_read: Counter::default(),
             restarts: Family::default(),
             rules: Gauge::default(),
-            replicators: Gauge::default(),
+            replicators: Family::default(),
             invalid_documents: Gauge::default(),
         };
         metrics.register();
@@ -157,7 +162,7 @@ impl Metrics {
         );
         r.register("supervisor_restarts", "Children restarted by the supervisor", self.restarts.clone());
         r.register("rules", "Valid on_change documents", self.rules.clone());
-        r.register("replicators", "Valid replicator documents", self.replicators.clone());
+        r.register("replicators", "Replicator documents by state, as in CouchDB's _scheduler/docs", self.replicators.clone());
         r.register("invalid_documents", "Documents of the spiegel database that cannot be used", self.invalid_documents.clone());
     }
 
