@@ -16,4 +16,5 @@ mod malformed;
 mod regions;
 mod secrets;
 mod shutdown;
+mod states;
 mod support;
