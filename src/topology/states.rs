@@ -273,8 +273,10 @@ impl States {
         let Phase::Running { again } = entry.phase else { return Vec::new() };
         entry.phase = Phase::Idle;
         entry.has_run = true;
-        if let Some(run) = entry.progress.take().and_then(|progress| LastRun::of(&progress.seen())) {
-            entry.last_run = Some(Box::new(run));
+        let seen = entry.progress.take().map(|progress| progress.seen()).unwrap_or_default();
+        // As in `_replicate`'s answers, a run without changes leaves what the one before it did.
+        if entry.last_run.is_none() || result.is_err() || !seen.report().no_changes {
+            entry.last_run = LastRun::of(&seen).map(Box::new).or(entry.last_run.take());
         }
         entry.error = result.as_ref().err().map(|failure| shown(&failure.error, ERROR_CHARS_MAX).into());
         match result {
@@ -771,9 +773,15 @@ mod tests {
         states.run_ended(now, &id(), Ok(()), |_| BACKOFF);
         let completed = only(&states);
         assert_eq!((completed.state, completed.error_count, completed.error), (RunState::Completed, 0, None));
-        assert_eq!(completed.run.expect("a run").duration, Some(BACKOFF));
+        assert_eq!(completed.run.as_ref().expect("a run").duration, Some(BACKOFF));
         states.dirty(now, &id(), None);
         assert_eq!(only(&states).state, RunState::Pending);
+        let progress = Arc::new(Progress::default());
+        states.asked_for(&id(), progress.clone());
+        progress.start(now + BACKOFF);
+        progress.end(&Report { no_changes: true, ..Report::default() }, BACKOFF * 2);
+        states.run_ended(now, &id(), Ok(()), |_| BACKOFF);
+        assert_eq!(only(&states).run, completed.run, "there was nothing to do");
     }
 
     #[test]

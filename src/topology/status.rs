@@ -113,7 +113,7 @@ pub struct Doc {
     pub error_count: u32,
     pub error: Option<String>,
     pub next_try_at: Option<SystemTime>,
-    /// The run under way; else the last one that ended in this process.
+    /// The run under way; else the last one of this process that had anything to do.
     pub run: Option<LastRun>,
     /// Of a run under way.
     pub changes_pending: Option<u64>,
