@@ -112,6 +112,14 @@ impl EngineChoice {
             _ => None,
         }
     }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            EngineChoice::Auto => "auto",
+            EngineChoice::Native => "native",
+            EngineChoice::Couchdb => "couchdb",
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -117,6 +117,8 @@ async fn is_going_down(couch: &Couch, error: &CouchError) -> bool {
 fn report(answer: &ReplicateAnswer) -> Report {
     match answer.history.first() {
         Some(run) if !answer.no_changes => Report {
+            missing_checked: run.missing_checked,
+            missing_found: run.missing_found,
             docs_read: run.docs_read,
             docs_written: run.docs_written,
             doc_write_failures: run.doc_write_failures,
@@ -190,6 +192,7 @@ mod tests {
             lane: "host".into(),
             engine: None,
             is_bidirectional: false,
+            progress: Arc::default(),
             priority: 0,
         })
     }
@@ -266,7 +269,12 @@ mod tests {
 
     #[test]
     fn the_report_is_of_this_run_only() {
-        let history = |docs_read, doc_write_failures| ReplicationHistory { docs_read, docs_written: 1, doc_write_failures };
+        let history = |docs_read, doc_write_failures| ReplicationHistory {
+            docs_read,
+            docs_written: 1,
+            doc_write_failures,
+            ..ReplicationHistory::default()
+        };
         let answer = |no_changes, history| ReplicateAnswer { ok: true, no_changes, history };
         for (answer, expected) in [
             (answer(false, vec![history(3, 2), history(9, 9)]), (3, 1, 2, false)),
@@ -281,9 +289,12 @@ mod tests {
 
     #[tokio::test]
     async fn a_run_reports_what_couchdb_counted() {
-        let history = json!([{ "docs_read": 5, "docs_written": 4, "doc_write_failures": 1, "missing_found": 5 }]);
+        let history =
+            json!([{ "docs_read": 5, "docs_written": 4, "doc_write_failures": 1, "missing_checked": 6, "missing_found": 5 }]);
         let report = run_against(200, json!({ "ok": true, "session_id": "s", "history": history })).await;
-        let expected = Report { docs_read: 5, docs_written: 4, doc_write_failures: 1, ..Report::default() };
+        let (missing_checked, missing_found) = (6, 5);
+        let expected =
+            Report { missing_checked, missing_found, docs_read: 5, docs_written: 4, doc_write_failures: 1, ..Report::default() };
         assert_eq!(report, Ok(expected));
     }
 

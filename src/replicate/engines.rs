@@ -37,11 +37,15 @@ impl Engine for Engines {
     fn run(&self, spec: Arc<Replication>) -> BoxFuture<'static, Result<Report, ReplicateError>> {
         let choice = spec.engine.unwrap_or(self.default);
         if choice == EngineChoice::Couchdb {
+            spec.progress.made_by(EngineChoice::Couchdb);
             return self.couchdb.run(spec);
         }
         let parameters = match (Parameters::parse(&spec.params, self.native.local()), choice) {
             (Ok(parameters), _) => parameters,
-            (Err(NotNative::Unsupported { .. }), EngineChoice::Auto) => return self.couchdb.run(spec),
+            (Err(NotNative::Unsupported { .. }), EngineChoice::Auto) => {
+                spec.progress.made_by(EngineChoice::Couchdb);
+                return self.couchdb.run(spec);
+            }
             (Err(error), _) => {
                 let error = ReplicateError::Other { error: error.to_string(), verdict: Verdict::GiveUp };
                 return Box::pin(std::future::ready(Err(error)));
@@ -52,12 +56,15 @@ impl Engine for Engines {
             let is_couchdbs_too = choice == EngineChoice::Auto;
             let pair = (parameters.source.place(), parameters.target.place());
             if is_couchdbs_too && is_out_of_reach(&out_of_reach, &pair) {
+                spec.progress.made_by(EngineChoice::Couchdb);
                 return couchdb.run(spec).await;
             }
+            spec.progress.made_by(EngineChoice::Native);
             let result = native.run(&spec, parameters).await;
             match result {
                 Err(ReplicateError::Unreachable(_)) if is_couchdbs_too => {
                     remember(&out_of_reach, pair);
+                    spec.progress.made_by(EngineChoice::Couchdb);
                     couchdb.run(spec).await
                 }
                 result => result,

@@ -28,13 +28,13 @@ use crate::job::Verdict;
 use behind::Behind;
 use budget::Budget;
 use checkpoint::replication_id;
-use documents::{Transfer, TransferError};
+use documents::{Counts, Transfer, TransferError};
 use parameters::{Local, Parameters, Selection};
 use peer::{Net, Peer, PeerError, SILENCE_MAX, Which};
 use run::{Done, Run};
 use shared::Shared;
 use slots::Slots;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::sync::{Mutex, OnceCell, mpsc};
 use tokio_util::task::AbortOnDropHandle;
@@ -136,7 +136,7 @@ impl NativeEngine {
                 result = self.once(spec, &parameters) => result,
             };
             let error = match result {
-                Ok(done) => return Ok(report(&done)),
+                Ok(report) => return Ok(report),
                 Err(error) => error,
             };
             if !self.is_outage(&error).await {
@@ -145,7 +145,7 @@ impl NativeEngine {
         }
     }
 
-    async fn once(&self, spec: &Replication, parameters: &Parameters) -> Result<Done, TransferError> {
+    async fn once(&self, spec: &Replication, parameters: &Parameters) -> Result<Report, TransferError> {
         let uuid = self.server_uuid.get_or_try_init(async || {
             let welcome = self.couch.welcome().await;
             let error = |error| PeerError { which: Which::Source, is_local: true, error: Arc::new(error) };
@@ -156,6 +156,7 @@ impl NativeEngine {
             budget: self.budget.clone(),
             source: Peer::new(self.net.clone(), Which::Source, &parameters.source),
             target: Peer::new(self.net.clone(), Which::Target, &parameters.target),
+            first_refused: OnceLock::new(),
         };
         let filter_code = filter_code(&transfer.source, &parameters.selection).await?;
         let id = replication_id(uuid.await?, &spec.replicator_id, parameters, filter_code.as_deref());
@@ -166,8 +167,10 @@ impl NativeEngine {
             transfer,
             parameters: parameters.clone(),
             is_bidirectional: spec.is_bidirectional,
+            progress: spec.progress.clone(),
         };
-        run.run().await
+        let done = run.run().await?;
+        Ok(report(&done, &run.transfer))
     }
 
     /// Whether the watched server itself went away under the run. CouchHealth's probes decide within a moment.
@@ -192,12 +195,18 @@ async fn filter_code(source: &Peer, selection: &Selection) -> Result<Option<Stri
     Ok(Some(field.map_or(code, |field| &code[field]).to_string()))
 }
 
-fn report(done: &Done) -> Report {
+fn report(done: &Done, transfer: &Transfer) -> Report {
+    let Counts { missing_checked, missing_found, docs_read, docs_written, doc_write_failures, bytes_read } = done.counts;
     Report {
-        docs_read: done.counts.docs_read,
-        docs_written: done.counts.docs_written,
-        doc_write_failures: done.counts.doc_write_failures,
+        missing_checked,
+        missing_found,
+        docs_read,
+        docs_written,
+        doc_write_failures,
+        bytes_read,
+        requests: transfer.source.requests() + transfer.target.requests(),
         no_changes: done.rows == 0,
+        first_refused: transfer.first_refused.get().cloned(),
         is_unfinished: done.is_unfinished,
     }
 }

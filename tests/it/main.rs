@@ -19,4 +19,5 @@ mod regions;
 mod replicate;
 mod secrets;
 mod shutdown;
+mod states;
 mod support;

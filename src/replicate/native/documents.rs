@@ -9,10 +9,11 @@ use super::elements::{BulkGetElement, ChangesRow, Shallow, Splitter};
 use super::peer::{Peer, PeerError, Refused};
 use super::shared::{Document, Shared, pairs};
 use crate::couch::CouchError;
+use crate::replicate::RefusedDocument;
 use futures_util::stream::{Stream, StreamExt, TryStreamExt};
 use serde_json::{Value, json};
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// So many revisions are read in one answer that is not streamed, and so long may it be.
 pub const SMALL_GET_REVS: usize = 100;
@@ -86,6 +87,8 @@ pub struct Transfer {
     pub budget: Budget,
     pub source: Peer,
     pub target: Peer,
+    /// The first document of this run that the target refused.
+    pub first_refused: OnceLock<RefusedDocument>,
 }
 
 impl Transfer {
@@ -401,6 +404,7 @@ impl Transfer {
 
     fn say_refused(&self, id: &str, reason: &str) {
         tracing::debug!(target_db = self.target.db_name(), id, reason, "the target refused a document");
+        self.first_refused.get_or_init(|| RefusedDocument::new(id, reason));
     }
 }
 

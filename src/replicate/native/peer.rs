@@ -15,6 +15,7 @@ use serde_json::value::RawValue;
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -34,6 +35,7 @@ struct Inner {
     rights: Rights,
     gate: Gate,
     is_local: bool,
+    requests: AtomicU64,
 }
 
 /// What all peers of a process share.
@@ -188,6 +190,7 @@ impl Peer {
             rights: side.rights(),
             gate,
             is_local: side.is_local,
+            requests: AtomicU64::new(0),
             net,
         };
         Self { inner: Arc::new(inner) }
@@ -199,6 +202,15 @@ impl Peer {
 
     pub fn db_name(&self) -> &str {
         &self.inner.db_name
+    }
+
+    /// Sent until now: by its run, and by it on behalf of others that asked together with it.
+    pub fn requests(&self) -> u64 {
+        self.inner.requests.load(Ordering::Relaxed)
+    }
+
+    fn count_request(&self) {
+        self.inner.requests.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Requests may be made together only where both are equal.
@@ -237,6 +249,7 @@ impl Peer {
     /// Waits for a place at the host, sends, counts, and turns a bad status into an error.
     pub async fn send(&self, endpoint: &'static str, request: RequestBuilder) -> Result<Response> {
         let pass = self.inner.gate.enter().await;
+        self.count_request();
         let started = Instant::now();
         let answer = request.send().await;
         let status = answer.as_ref().map_or(0, |response| response.status().as_u16());
@@ -420,6 +433,8 @@ impl Peer {
     pub async fn move_document(&self, target: &Peer, id: &str, rev: &str, atts_since: &[String]) -> Result<Moved> {
         // A place at the source for both: who holds one and waits for another could wait for himself.
         let _place = self.inner.gate.enter().await;
+        self.count_request();
+        target.count_request();
         let reading = self.request_by(&self.inner.net.patient, Method::GET, &source_path(id, rev, atts_since));
         let writing = target.request_by(&target.inner.net.patient, Method::PUT, &target_path(id));
         transfer(reading, writing, SILENCE_MAX).await.map_err(|error| match error {

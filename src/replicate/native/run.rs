@@ -11,6 +11,7 @@ use super::parameters::{Parameters, Selection};
 use super::peer::{ChangesRequest, Page, Peer};
 use super::slots::{Anchor, Position, Slot, Unsaved};
 use crate::couch::Seq;
+use crate::replicate::Progress;
 use futures_util::future::{BoxFuture, Fuse, FusedFuture, FutureExt};
 use futures_util::stream::{FuturesOrdered, StreamExt};
 use serde_json::json;
@@ -33,6 +34,7 @@ pub struct Run<'a> {
     pub parameters: Parameters,
     /// Another replicator goes the other way: the target may well have what is new here.
     pub is_bidirectional: bool,
+    pub progress: Arc<Progress>,
 }
 
 #[derive(Debug, Default)]
@@ -77,6 +79,7 @@ impl Run<'_> {
         let epoch = self.behind.slots.epoch();
         // What is written while we read is the next run's: a source that never rests must not keep this one.
         let mut left = page.pending.map(|pending| pending.saturating_add(page.rows.len() as u64));
+        let total = left;
         let mut working: FuturesOrdered<BoxFuture<'_, Result<(Seq, u64, Counts)>>> = FuturesOrdered::new();
         let mut reading: Fuse<BoxFuture<'_, Result<Arc<Page>>>> = Fuse::terminated();
         let mut arrived = Some(page);
@@ -104,6 +107,8 @@ impl Run<'_> {
                     let (last_seq, rows, counts) = finished?;
                     done.counts += counts;
                     done.rows += rows;
+                    let pending = total.map(|total| total.saturating_sub(done.rows));
+                    self.progress.so_far(super::report(done, &self.transfer), pending, last_seq.number());
                     let Some(anchor) = &anchor else { continue };
                     slot.position = Some(Position { since: last_seq, anchor: anchor.clone(), epoch });
                     if rows == 0 {
