@@ -360,8 +360,10 @@ impl Stopping {
         let _ = directory.cast(directory::Message::Stop);
         let _ = tokio::time::timeout(deadline / 2, ledger.room(1)).await;
 
-        // Where a side was replaced meanwhile, its replicator is running again by the time that what runs is written down.
-        let _ = tokio::time::timeout(deadline / 4, native.flush()).await;
+        // Where a side was replaced meanwhile, its replicator runs again, and what runs is written down.
+        for id in tokio::time::timeout(deadline / 4, native.flush()).await.unwrap_or_default() {
+            let _ = topology.cast(topology::Message::RunAgain { id });
+        }
         let mut spilled = Vec::new();
         let owing = ledger.cursor().owing();
         for db in owing {

@@ -173,6 +173,9 @@ pub enum ReplicateError {
     Unauthorized(String),
     #[error("source or target does not answer: {0}")]
     Unreachable(String),
+    /// No connection could be made from here.
+    #[error("source or target cannot be reached: {0}")]
+    OutOfReach(String),
     #[error("replication failed: {error}")]
     Other { error: String, verdict: Verdict },
 }
@@ -181,7 +184,7 @@ impl ReplicateError {
     pub fn verdict(&self) -> Verdict {
         match self {
             ReplicateError::Missing { .. } | ReplicateError::Unauthorized(_) => Verdict::GiveUp,
-            ReplicateError::Unreachable(_) => Verdict::Retry { after: None },
+            ReplicateError::Unreachable(_) | ReplicateError::OutOfReach(_) => Verdict::Retry { after: None },
             ReplicateError::Other { verdict, .. } => verdict.clone(),
         }
     }
@@ -191,7 +194,7 @@ impl ReplicateError {
         match self {
             ReplicateError::Missing { .. } => "missing",
             ReplicateError::Unauthorized(_) => "unauthorized",
-            ReplicateError::Unreachable(_) => "unreachable",
+            ReplicateError::Unreachable(_) | ReplicateError::OutOfReach(_) => "unreachable",
             ReplicateError::Other { .. } => "failed",
         }
     }

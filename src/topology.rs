@@ -128,7 +128,8 @@ impl Actor for Topology {
         let again = tokio::spawn({
             let myself = myself.clone();
             async move {
-                while let Some(id) = native.again().await {
+                loop {
+                    let id = native.again().await;
                     if myself.cast(Message::RunAgain { id }).is_err() {
                         return;
                     }

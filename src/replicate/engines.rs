@@ -53,7 +53,8 @@ impl Engine for Engines {
         };
         let (native, couchdb, out_of_reach) = (self.native.clone(), self.couchdb.clone(), self.out_of_reach.clone());
         Box::pin(async move {
-            let is_couchdbs_too = choice == EngineChoice::Auto;
+            let is_elsewhere = !(parameters.source.is_local && parameters.target.is_local);
+            let is_couchdbs_too = choice == EngineChoice::Auto && is_elsewhere;
             let pair = (parameters.source.place(), parameters.target.place());
             if is_couchdbs_too && is_out_of_reach(&out_of_reach, &pair) {
                 spec.progress.made_by(EngineChoice::Couchdb);
@@ -62,7 +63,7 @@ impl Engine for Engines {
             spec.progress.made_by(EngineChoice::Native);
             let result = native.run(&spec, parameters).await;
             match result {
-                Err(ReplicateError::Unreachable(_)) if is_couchdbs_too => {
+                Err(ReplicateError::OutOfReach(_)) if is_couchdbs_too => {
                     remember(&out_of_reach, pair);
                     spec.progress.made_by(EngineChoice::Couchdb);
                     couchdb.run(spec).await

@@ -58,7 +58,11 @@ impl Progress {
     }
 
     pub fn made_by(&self, engine: EngineChoice) {
-        self.locked().engine = Some(engine);
+        let mut seen = self.locked();
+        if seen.engine.replace(engine).is_some_and(|before| before != engine) {
+            seen.part = Report::default();
+            (seen.changes_pending, seen.through_seq) = (None, None);
+        }
     }
 
     pub fn so_far(&self, part: Report, changes_pending: Option<u64>, through_seq: Option<u64>) {

@@ -23,8 +23,6 @@ use tokio_util::sync::CancellationToken;
 pub enum Moved {
     /// `bytes` is what the source sent.
     Written { bytes: u64 },
-    /// The source has it no more: compacted, and so replaced by one that comes later in the changes.
-    Superseded,
     /// The target does not want this document, now and later.
     Refused { reason: String },
     /// The target lacks an attachment that the source left out: again, with an empty `atts_since`.
@@ -99,8 +97,11 @@ fn ancestor_generation(doc: &Shallow, atts_since: &[impl AsRef<str>]) -> u64 {
 
 /// Below the source's database. Of `atts_since` the newest are named: an old one saves less.
 pub fn source_path(doc_id: &str, rev: &str, atts_since: &[impl AsRef<str>]) -> String {
-    let mut path =
-        format!("{}?rev={}&revs=true&attachments=true&att_encoding_info=true", encode_doc_id(doc_id), encode_segment(rev));
+    let mut path = format!(
+        "{}?rev={}&revs=true&latest=true&attachments=true&att_encoding_info=true",
+        encode_doc_id(doc_id),
+        encode_segment(rev)
+    );
     let generation = |rev: &str| rev.split_once('-').and_then(|(generation, _)| generation.parse::<u64>().ok()).unwrap_or(0);
     let mut revs: Vec<&str> = atts_since.iter().map(AsRef::as_ref).collect();
     revs.sort_by_key(|rev| std::cmp::Reverse(generation(rev)));
@@ -134,7 +135,7 @@ pub async fn transfer(source: RequestBuilder, target: RequestBuilder, idle: Dura
         Err(_) => return Err(Side::Source.silent(idle)),
         Ok(Err(error)) => return Err(MoveError::Source(lost(&error))),
         Ok(Ok(response)) if response.status().is_success() => response,
-        Ok(Ok(response)) => return of_source(Answer::read(response, idle).await),
+        Ok(Ok(response)) => return Err(MoveError::Source(Answer::read(response, idle).await.into_error())),
     };
     let Some(content_type) = response.headers().get(header::CONTENT_TYPE).filter(|value| is_document(value)).cloned() else {
         return Err(MoveError::Source(CouchError::Malformed(String::from("neither multipart/related nor JSON"))));
@@ -345,7 +346,7 @@ impl Answer {
 }
 
 /// Redacted before it is cut: half a URL hides where its password ends.
-fn shown(text: &str) -> String {
+pub fn shown(text: &str) -> String {
     crate::vault::redact_text(text.trim()).chars().take(REASON_CHARS_MAX).collect()
 }
 
@@ -358,16 +359,6 @@ async fn beginning(mut response: Response) -> Vec<u8> {
         body.extend_from_slice(&chunk);
     }
     body
-}
-
-/// The source did not send the document.
-fn of_source(answer: Answer) -> Result<Moved, MoveError> {
-    // A database that is missing has another reason, and a proxy has none.
-    let is_revision = matches!(answer.reason.as_str(), "missing" | "deleted");
-    match answer.status {
-        StatusCode::NOT_FOUND if is_revision => Ok(Moved::Superseded),
-        _ => Err(MoveError::Source(answer.into_error())),
-    }
 }
 
 fn of_target(answer: Answer, bytes: u64) -> Result<Moved, MoveError> {

@@ -1,7 +1,7 @@
 //! One side of a replication: a database, the rights to use it, and the requests that the protocol makes of it.
 
 use super::attachments::{MoveError, Moved, source_path, target_path, transfer};
-use super::elements::ChangesRow;
+use super::elements::{ChangesRow, as_text};
 use super::gate::{Gate, Gates};
 use super::parameters::{Rights, Side};
 use crate::couch::health::Health;
@@ -34,6 +34,7 @@ struct Inner {
     headers: HeaderMap,
     rights: Rights,
     gate: Gate,
+    pipes: Gate,
     is_local: bool,
     requests: AtomicU64,
 }
@@ -46,6 +47,8 @@ pub struct Net {
     /// For what has a watchdog of its own.
     pub patient: reqwest::Client,
     pub gates: Gates,
+    /// For large attachments, which take long and must not take the places of those that do not.
+    pub pipes: Gates,
     pub metrics: Arc<Metrics>,
     /// Of the watched server.
     pub health: Health,
@@ -73,6 +76,8 @@ pub struct PeerError {
     pub which: Which,
     /// The watched server's own fault is an outage, and no failed run.
     pub is_local: bool,
+    /// No connection could be made.
+    pub is_out_of_reach: bool,
     pub error: Arc<CouchError>,
 }
 
@@ -82,6 +87,10 @@ impl PeerError {
         matches!(&*self.error, CouchError::NotFound(reason) if !is_missing_document(reason))
     }
 
+    pub fn is_not_found(&self) -> bool {
+        matches!(&*self.error, CouchError::NotFound(_))
+    }
+
     pub fn is_refusal(&self) -> bool {
         matches!(&*self.error, CouchError::Unauthorized(_) | CouchError::Forbidden(_))
     }
@@ -89,6 +98,18 @@ impl PeerError {
     /// The body of the request is at fault: in smaller pieces it shows which document is.
     pub fn is_bad_content(&self) -> bool {
         matches!(&*self.error, CouchError::Status { status: 400 | 413, .. })
+    }
+
+    /// The body held one document, and it is at fault: larger than is allowed, or none that CouchDB takes. Any other 400 may be
+    /// somebody's on the way.
+    pub fn is_bad_document(&self) -> bool {
+        match &*self.error {
+            CouchError::Status { status: 413, .. } => true,
+            CouchError::Status { status: 400, reason } => {
+                ["doc_validation:", "illegal_docid:"].iter().any(|word| reason.starts_with(word))
+            }
+            _ => false,
+        }
     }
 
     pub fn is_missing_stub(&self) -> bool {
@@ -113,6 +134,8 @@ impl PeerError {
 /// CouchDB's words for a document that is not there, against those for a database.
 fn is_missing_document(reason: &str) -> bool {
     ["missing", "deleted"].iter().any(|word| reason == *word || reason.ends_with(&format!(": {word}")))
+        // A design document without the filter that was asked for.
+        || reason.contains("missing json key")
 }
 
 pub type Result<T> = std::result::Result<T, PeerError>;
@@ -147,9 +170,10 @@ pub struct Refused {
     pub id: String,
     #[serde(default)]
     pub rev: Option<String>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "as_text")]
     pub error: String,
-    #[serde(default)]
+    /// A `validate_doc_update` may throw anything.
+    #[serde(default, deserialize_with = "as_text")]
     pub reason: String,
 }
 
@@ -181,7 +205,7 @@ impl Peer {
         for (name, value) in &side.headers {
             headers.insert(name.clone(), value.clone());
         }
-        let gate = net.gates.of(&side.place());
+        let (gate, pipes) = (net.gates.of(&side.place()), net.pipes.of(&side.place()));
         let inner = Inner {
             which,
             base: side.url.as_str().trim_end_matches('/').to_string(),
@@ -189,6 +213,7 @@ impl Peer {
             headers,
             rights: side.rights(),
             gate,
+            pipes,
             is_local: side.is_local,
             requests: AtomicU64::new(0),
             net,
@@ -215,7 +240,7 @@ impl Peer {
 
     /// Requests may be made together only where both are equal.
     pub fn key(&self) -> (Arc<str>, Rights) {
-        (Arc::from(self.inner.base.as_str()), self.inner.rights.clone())
+        (Arc::from(self.inner.base.as_str()), self.inner.rights)
     }
 
     pub fn request(&self, method: Method, path: &str) -> RequestBuilder {
@@ -238,12 +263,12 @@ impl Peer {
         if self.inner.is_local && error.is_outage() {
             self.inner.net.health.suspect(&error);
         }
-        PeerError { which: self.inner.which, is_local: self.inner.is_local, error: Arc::new(error) }
+        PeerError { which: self.inner.which, is_local: self.inner.is_local, is_out_of_reach: false, error: Arc::new(error) }
     }
 
     /// A failure that no server is to blame for.
     pub fn error_of_ours(&self, error: CouchError) -> PeerError {
-        PeerError { which: self.inner.which, is_local: false, error: Arc::new(error) }
+        PeerError { which: self.inner.which, is_local: false, is_out_of_reach: false, error: Arc::new(error) }
     }
 
     /// Waits for a place at the host, sends, counts, and turns a bad status into an error.
@@ -263,7 +288,7 @@ impl Peer {
     }
 
     pub fn lost(&self, error: &reqwest::Error) -> PeerError {
-        self.error(CouchError::Unreachable(chain_of(error)))
+        PeerError { is_out_of_reach: error.is_connect(), ..self.error(CouchError::Unreachable(chain_of(error))) }
     }
 
     async fn body(&self, endpoint: &'static str, request: RequestBuilder) -> Result<Bytes> {
@@ -431,10 +456,7 @@ impl Peer {
 
     /// One revision with its attachments, from this source into the target, without holding it.
     pub async fn move_document(&self, target: &Peer, id: &str, rev: &str, atts_since: &[String]) -> Result<Moved> {
-        // A place at the source for both: who holds one and waits for another could wait for himself.
-        let _place = self.inner.gate.enter().await;
-        self.count_request();
-        target.count_request();
+        let _place = target.inner.pipes.enter().await;
         let reading = self.request_by(&self.inner.net.patient, Method::GET, &source_path(id, rev, atts_since));
         let writing = target.request_by(&target.inner.net.patient, Method::PUT, &target_path(id));
         transfer(reading, writing, SILENCE_MAX).await.map_err(|error| match error {

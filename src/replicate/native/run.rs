@@ -74,7 +74,7 @@ impl Run<'_> {
     }
 
     async fn pages(&self, begin: Begin, is_news: bool, slot: &mut Slot, done: &mut Done) -> Result<()> {
-        let Begin { page, since: start, anchor, .. } = begin;
+        let Begin { page, since: start, mut anchor, .. } = begin;
         let begun = Instant::now();
         let epoch = self.behind.slots.epoch();
         // What is written while we read is the next run's: a source that never rests must not keep this one.
@@ -93,7 +93,8 @@ impl Run<'_> {
                     || left == Some(0)
                     || page.pending == Some(0)
                     || (page.pending.is_none() && rows < self.limit() as u64);
-                if !is_last && begun.elapsed() > TURN {
+                // Without a checkpoint the next turn would begin where this one did.
+                if !is_last && anchor.is_some() && begun.elapsed() > TURN {
                     done.is_unfinished = true;
                 } else if !is_last {
                     let next = self.transfer.shared.changes(&self.transfer.source, self.changes(Some(page.last_seq.clone())));
@@ -109,8 +110,8 @@ impl Run<'_> {
                     done.rows += rows;
                     let pending = total.map(|total| total.saturating_sub(done.rows));
                     self.progress.so_far(super::report(done, &self.transfer), pending, last_seq.number());
-                    let Some(anchor) = &anchor else { continue };
-                    slot.position = Some(Position { since: last_seq, anchor: anchor.clone(), epoch });
+                    let Some(at) = &anchor else { continue };
+                    slot.position = Some(Position { since: last_seq, anchor: at.clone(), epoch });
                     if rows == 0 {
                         continue;
                     }
@@ -133,6 +134,7 @@ impl Run<'_> {
                             return Err(self.moved());
                         }
                         (from, started) = (position.since, SystemTime::now());
+                        anchor = slot.position.as_ref().map(|position| position.anchor.clone());
                     }
                 }
                 else => return Ok(()),

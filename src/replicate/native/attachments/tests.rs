@@ -76,17 +76,17 @@ fn answer(status: u16, body: &str) -> Answer {
 #[test]
 fn the_sources_refusals_are_told_apart() {
     for (status, body, expected) in [
-        (404, r#"{"error":"not_found","reason":"missing"}"#, "Ok(Superseded)"),
-        (404, r#"{"error":"not_found","reason":"deleted"}"#, "Ok(Superseded)"),
-        (404, r#"{"error":"not_found","reason":"Database does not exist."}"#, "Err(Source(NotFound("),
-        (404, "<html>nginx</html>", "Err(Source(NotFound("),
-        (401, r#"{"error":"unauthorized","reason":"Name or password is incorrect."}"#, "Err(Source(Unauthorized("),
-        (403, r#"{"error":"forbidden","reason":"You are not allowed to access this db."}"#, "Err(Source(Forbidden("),
-        (400, r#"{"error":"bad_request","reason":"Invalid rev format"}"#, "Err(Source(Status { status: 400"),
-        (429, "", "Err(Source(TooManyRequests"),
-        (500, r#"{"error":"timeout","reason":null}"#, "Err(Source(Status { status: 500, reason: \"timeout\""),
+        (404, r#"{"error":"not_found","reason":"missing"}"#, "NotFound("),
+        (404, r#"{"error":"not_found","reason":"deleted"}"#, "NotFound("),
+        (404, r#"{"error":"not_found","reason":"Database does not exist."}"#, "NotFound("),
+        (404, "<html>nginx</html>", "NotFound("),
+        (401, r#"{"error":"unauthorized","reason":"Name or password is incorrect."}"#, "Unauthorized("),
+        (403, r#"{"error":"forbidden","reason":"You are not allowed to access this db."}"#, "Forbidden("),
+        (400, r#"{"error":"bad_request","reason":"Invalid rev format"}"#, "Status { status: 400"),
+        (429, "", "TooManyRequests"),
+        (500, r#"{"error":"timeout","reason":null}"#, "Status { status: 500, reason: \"timeout\""),
     ] {
-        let outcome = format!("{:?}", of_source(answer(status, body)));
+        let outcome = format!("{:?}", answer(status, body).into_error());
         assert!(outcome.starts_with(expected), "{status} {body}: {outcome}");
     }
 }
@@ -340,8 +340,10 @@ async fn revisions_move(pair: &Pair) {
     assert!(matches!(pair.transfer("lone", &newer, &[]).await, Ok(Moved::Written { .. })));
     pair.assert_same("lone").await;
 
-    assert_eq!(pair.transfer("lone", "7-0123456789abcdef0123456789abcdef", &[]).await.unwrap(), Moved::Superseded);
-    assert_eq!(pair.transfer("nobody", &first, &[]).await.unwrap(), Moved::Superseded);
+    for (id, rev) in [("lone", "7-0123456789abcdef0123456789abcdef"), ("nobody", first.as_str())] {
+        let gone = pair.transfer(id, rev, &[]).await;
+        assert!(matches!(gone, Err(MoveError::Source(CouchError::NotFound(_)))), "{gone:?}");
+    }
     let revs: Vec<String> = (3..1000).map(|n| format!("{n}-{n:032x}")).collect();
     let revs: Vec<&str> = revs.iter().map(String::as_str).collect();
     assert!(matches!(pair.transfer("lone", &newer, &revs).await, Ok(Moved::Written { .. })), "as many as are known");
