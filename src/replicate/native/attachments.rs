@@ -96,9 +96,11 @@ fn ancestor_generation(doc: &Shallow, atts_since: &[impl AsRef<str>]) -> u64 {
 }
 
 /// Below the source's database. Of `atts_since` the newest are named: an old one saves less.
+/// Without `latest`, with which CouchDB 3.5 answers the winner whatever revision is asked for; so a revision that was compacted
+/// away since the page was read is an error, and the next try reads a page with its successor.
 pub fn source_path(doc_id: &str, rev: &str, atts_since: &[impl AsRef<str>]) -> String {
     let mut path = format!(
-        "{}?rev={}&revs=true&latest=true&attachments=true&att_encoding_info=true",
+        "{}?rev={}&revs=true&attachments=true&att_encoding_info=true",
         encode_doc_id(doc_id),
         encode_segment(rev)
     );
