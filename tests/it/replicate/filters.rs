@@ -135,13 +135,13 @@ async fn names_that_need_encoding(lab: Arc<Lab>) {
 async fn filters_of_design_documents(lab: Arc<Lab>) {
     let pair = grown(&lab).await;
     let design = json!({
-        "filters": {"below": "function (doc, req) { return doc.n < Number(req.query.limit) || doc._deleted === true; }"},
+        "filters": {"below": "function (doc, req) { return doc.n < Number(req.query.below) || doc._deleted === true; }"},
         "views": {"even": {"map": "function (doc) { if (doc.kind === 'even') { emit(doc._id, null); } }"}},
     });
     lab.couch.put(&pair.source.db, "_design/f", design).await;
     let cases = [
-        ("by function", json!({ "filter": "f/below", "query_params": {"limit": "30"} })),
-        ("by another parameter", json!({ "filter": "f/below", "query_params": {"limit": "70"} })),
+        ("by function", json!({ "filter": "f/below", "query_params": {"below": "30"} })),
+        ("by another parameter", json!({ "filter": "f/below", "query_params": {"below": "70"} })),
         ("by view", json!({ "filter": "_view", "query_params": {"view": "f/even"} })),
     ];
     let _spiegel = lab.spiegel().await;

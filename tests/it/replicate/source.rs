@@ -23,6 +23,7 @@ pub struct Source {
     random: Rng,
     docs: Vec<Doc>,
     attachment_bytes_left: usize,
+    attachment_bytes_min: usize,
 }
 
 struct Doc {
@@ -48,7 +49,13 @@ impl Branch {
 
 impl Source {
     pub fn new(couch: &Couch, db: &str, random: Rng) -> Self {
-        Self { couch: couch.clone(), db: db.into(), random, docs: Vec::new(), attachment_bytes_left: 0 }
+        Self { couch: couch.clone(), db: db.into(), random, docs: Vec::new(), attachment_bytes_left: 0, attachment_bytes_min: 0 }
+    }
+
+    /// CouchDB 3.5's own replicator waits for ever for the end of attachments that are all empty.
+    pub fn without_empty_attachments(mut self) -> Self {
+        self.attachment_bytes_min = 1;
+        self
     }
 
     /// New documents, and new revisions of some of those that are there.
@@ -197,8 +204,8 @@ impl Source {
                 80..97 => self.random.usize(4096..100_000),
                 _ => self.random.usize(1_000_000..3_000_000),
             };
-            let size = size.min(self.attachment_bytes_left);
-            self.attachment_bytes_left -= size;
+            let size = size.min(self.attachment_bytes_left).max(self.attachment_bytes_min);
+            self.attachment_bytes_left = self.attachment_bytes_left.saturating_sub(size);
             let mut data = vec![0; size];
             match kind.starts_with("image/") || kind.ends_with("octet-stream") {
                 true => self.random.fill(&mut data),
