@@ -13,11 +13,13 @@ mod program;
 mod receiver;
 mod report;
 mod rows;
+mod sides;
 
 use anyhow::Context;
 use clap::{Parser, ValueEnum};
 use couch::Couch;
 use rows::Bench;
+use sides::Side;
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -39,6 +41,30 @@ struct Args {
     /// Databases that `memory` and `idle` know
     #[arg(long, default_value_t = 1_000)]
     databases: usize,
+    /// Who replicates, for the rows that put several side by side
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = Side::value_variants().to_vec())]
+    sides: Vec<Side>,
+    /// Rounds of `fanin`, `fanout` and `bulk`
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
+    /// Databases of `fanin` that change at the same moment
+    #[arg(long, default_value_t = 100)]
+    fan_in: usize,
+    /// Documents of `bulk`
+    #[arg(long, default_value_t = 50_000)]
+    bulk_documents: usize,
+    /// The attachment's size
+    #[arg(long, default_value_t = 1_024)]
+    attachment_mb: u64,
+    /// Replicators of `many`
+    #[arg(long, default_value_t = 1_000)]
+    replicators: usize,
+    /// Targets that the replicators of `many` share; each is read all the time
+    #[arg(long, default_value_t = 10)]
+    targets: usize,
+    /// How long `many` writes
+    #[arg(long, default_value_t = 2)]
+    minutes: u64,
     /// cargo's own flag
     #[arg(long, hide = true)]
     bench: bool,
@@ -50,6 +76,18 @@ enum Row {
     Webhook,
     /// From the write to the document in the target
     Replicate,
+    /// Many databases change at once: until all documents are in one target
+    Fanin,
+    /// One write: until it is in 49 targets
+    Fanout,
+    /// Documents a second from one database to an empty one
+    Bulk,
+    /// The same with documents of 4 MB, for the memory
+    BulkLarge,
+    /// One large attachment: time and memory
+    Attachment,
+    /// Many replicators, of which a hundred a second have something to do
+    Many,
     /// CouchDB requests for one changed database
     Requests,
     /// Webhooks a second from one database with many changes
@@ -70,7 +108,7 @@ async fn run(args: Args) -> anyhow::Result<()> {
     let couch = Couch::new(&args.url)?;
     let version = couch.version().await.context("ask CouchDB for its version")?;
     let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).context("read the clock")?;
-    let prefix = format!("spiegel_bench_{:x}", since_epoch.as_millis());
+    let prefix = format!("bench_{:x}", since_epoch.as_millis());
     eprintln!("CouchDB {version}, {}, databases {prefix}_…", args.binary.display());
     let bench =
         Bench { couch: couch.clone(), couchdb_version: version, url: args.url.clone(), binary: args.binary.clone(), prefix };
@@ -85,11 +123,23 @@ async fn run(args: Args) -> anyhow::Result<()> {
 
 async fn measure(bench: &Bench, args: &Args) -> anyhow::Result<()> {
     let wanted = |row: Row| args.rows.contains(&row);
+    let mut sides = args.sides.clone();
+    sides.sort_unstable();
+    sides.dedup();
     for row in &args.rows {
         eprintln!("{row:?}");
         match row {
             Row::Webhook => rows::webhook::measure(bench).await.context("webhook")?,
-            Row::Replicate => rows::replicate::measure(bench).await.context("replicate")?,
+            Row::Replicate => rows::replicate::measure(bench, &sides).await.context("replicate")?,
+            Row::Fanin => rows::fanin::measure(bench, &sides, args.fan_in, args.rounds).await.context("fanin")?,
+            Row::Fanout => rows::fanout::measure(bench, &sides, args.rounds).await.context("fanout")?,
+            Row::Bulk => rows::bulk::small(bench, &sides, args.bulk_documents, args.rounds).await.context("bulk")?,
+            Row::BulkLarge => rows::bulk::large(bench, &sides).await.context("bulk-large")?,
+            Row::Attachment => rows::attachment::measure(bench, &sides, args.attachment_mb).await.context("attachment")?,
+            Row::Many => {
+                let size = rows::many::Size { replicators: args.replicators, targets: args.targets, minutes: args.minutes };
+                rows::many::measure(bench, size).await.context("many")?;
+            }
             Row::Requests => rows::requests::measure(bench).await.context("requests")?,
             Row::Catchup => rows::catchup::measure(bench, args.documents).await.context("catchup")?,
             // Both need the same thousand databases, which take longest to make.

@@ -38,11 +38,8 @@ impl Program {
             .env("SPIEGEL_NAMESPACE", format!("{}_{name}_", bench.prefix))
             .env("SPIEGEL_ADMIN_LISTEN", &admin)
             .env("SPIEGEL_LOG_LEVEL", "warn");
-        // So that one figure can be compared for several settings: SPIEGEL_BENCH_SET="SPIEGEL_DB_BATCH_SIZE=500 …".
-        let given = std::env::var("SPIEGEL_BENCH_SET").unwrap_or_default();
-        let given = given.split_whitespace().filter_map(|pair| pair.split_once('='));
-        let settings: BTreeMap<String, String> =
-            changed.iter().copied().chain(given).map(|(key, value)| (key.to_string(), value.to_string())).collect();
+        let changed = changed.iter().map(|(key, value)| (key.to_string(), value.to_string()));
+        let settings: BTreeMap<String, String> = changed.chain(given_settings()).collect();
         command.envs(&settings).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::inherit()).kill_on_drop(true);
         let child = command.spawn().with_context(|| format!("start {}", bench.binary.display()))?;
         let pid = child.id().context("the program ended at once")?;
@@ -72,6 +69,30 @@ impl Program {
         let status = tokio::time::timeout(Duration::from_secs(20), self.child.wait()).await.context("wait for its end")??;
         ensure!(status.success(), "the program ended with {status}");
         Ok(())
+    }
+
+    /// A run that is still under way would carry the next write early.
+    pub async fn wait_until_settled(&self, patience: Duration) -> anyhow::Result<()> {
+        let deadline = Instant::now() + patience;
+        loop {
+            // Whatever the last write causes has begun by then.
+            tokio::time::sleep(Duration::from_millis(1300)).await;
+            let metrics = self.metrics().await?;
+            let level = |name: &str| metrics.get(name).copied().unwrap_or_default();
+            let (running, queued) = (level("spiegel_replications_running"), level("spiegel_replications_queued"));
+            if running + queued == 0.0 {
+                return Ok(());
+            }
+            ensure!(Instant::now() < deadline, "{running} replications run and {queued} wait after {patience:?}");
+        }
+    }
+
+    /// Replications that have ended so far, by outcome.
+    pub async fn replications(&self) -> anyhow::Result<BTreeMap<String, f64>> {
+        let metrics = self.metrics().await?;
+        let label =
+            |name: &str| Some(name.strip_prefix("spiegel_replications_total{outcome=\"")?.strip_suffix("\"}")?.to_string());
+        Ok(metrics.iter().filter_map(|(name, count)| Some((label(name)?, *count))).collect())
     }
 
     /// Every line of `/metrics`, by its name with its labels.
@@ -120,6 +141,13 @@ impl Program {
     pub fn cpu_seconds(&self) -> anyhow::Result<f64> {
         cpu_seconds_of(&self.pid.to_string())
     }
+}
+
+/// So that one figure can be compared for several settings: SPIEGEL_BENCH_SET="SPIEGEL_DB_BATCH_SIZE=500 …".
+pub fn given_settings() -> BTreeMap<String, String> {
+    let given = std::env::var("SPIEGEL_BENCH_SET").unwrap_or_default();
+    let pairs = given.split_whitespace().filter_map(|pair| pair.split_once('='));
+    pairs.map(|(key, value)| (key.to_string(), value.to_string())).collect()
 }
 
 /// User and system time of a process by its id, or of this one as `self`.

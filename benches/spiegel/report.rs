@@ -19,13 +19,15 @@ pub fn row(name: &str, unit: &str, couchdb: &str, settings: &BTreeMap<String, St
 
 /// `value` is the median.
 pub fn percentiles(samples: &[f64]) -> Value {
+    let at = |fraction| percentile(samples, fraction);
+    json!({ "value": at(0.5), "p50": at(0.5), "p90": at(0.9), "min": at(0.0), "max": at(1.0), "samples": samples.len() })
+}
+
+pub fn percentile(samples: &[f64], fraction: f64) -> Option<f64> {
     let mut sorted = samples.to_vec();
     sorted.sort_by(f64::total_cmp);
-    let at = |fraction: f64| {
-        let index = ((sorted.len() as f64 * fraction).ceil() as usize).saturating_sub(1);
-        sorted.get(index).map(|value| rounded(*value))
-    };
-    json!({ "value": at(0.5), "p50": at(0.5), "p90": at(0.9), "min": at(0.0), "max": at(1.0), "samples": sorted.len() })
+    let index = ((sorted.len() as f64 * fraction).ceil() as usize).saturating_sub(1);
+    sorted.get(index).map(|value| rounded(*value))
 }
 
 pub fn rounded(value: f64) -> f64 {

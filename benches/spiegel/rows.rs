@@ -1,7 +1,12 @@
 //! One file a row of DESIGN.md, section 14.
 
+pub mod attachment;
+pub mod bulk;
 pub mod catchup;
+pub mod fanin;
+pub mod fanout;
 pub mod idle;
+pub mod many;
 pub mod replicate;
 pub mod requests;
 pub mod webhook;

@@ -1,78 +1,110 @@
-//! Write → replicated: until the document is in the target.
+//! Write → replicated: until the document is in the target, of one database that changes now and then.
+//!
+//! Warm; and cold, which is the first run of a process.
 
 use super::Bench;
+use crate::couch::FeedTimes;
 use crate::program::Program;
 use crate::report::{ms_between, percentiles};
+use crate::sides::{self, Contender, Side, requests_since};
 use anyhow::Context;
-use serde_json::json;
+use serde_json::{Value, json};
+use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
-const WRITES: usize = 10;
+const WRITES: usize = 20;
+const STARTS: usize = 5;
+const ARRIVAL_MAX: Duration = Duration::from_secs(60);
 
-pub async fn measure(bench: &Bench) -> anyhow::Result<()> {
-    let couch = &bench.couch;
-    let dbs = bench.dbs("replicate", 2);
-    let [source, target] = dbs.as_slice() else { anyhow::bail!("two databases are needed") };
-    couch.create_dbs(&dbs).await?;
-    couch.put_doc(source, "first", json!({})).await?;
-    let program = Program::start(bench, "replicate", &[]).await?;
-    let replicator = json!({ "type": "replicator", "source": couch.db_url(source), "target": couch.db_url(target) });
-    couch.put_doc(&program.spiegel_db, "replicator", replicator).await?;
-    arrival_of(bench, target, "first", "0").await.context("the first replication")?;
-    wait_until_settled(&program).await?;
+#[derive(Default)]
+struct Measured {
+    over_feed: Vec<f64>,
+    total: Vec<f64>,
+}
 
-    let runs_before = runs(&program).await?;
-    let feed = couch.watch_feed().await?;
-    let (mut over_feed, mut total) = (Vec::new(), Vec::new());
+pub async fn measure(bench: &Bench, sides: &[Side]) -> anyhow::Result<()> {
+    let mut contenders = Vec::new();
+    for side in sides {
+        let contender = Contender::start(bench, "replicate", *side, 2, vec![(0, 1)]).await?;
+        let requests = contender.requests().await?;
+        contenders.push((contender, requests, Measured::default()));
+    }
+    let feed = bench.couch.watch_feed().await?;
     for n in 0..WRITES {
-        let (id, since) = (format!("doc{n}"), couch.last_seq(target).await?);
-        let before = Instant::now();
-        couch.put_doc(source, &id, json!({ "value": n })).await?;
-        let written = Instant::now();
-        let arrived = arrival_of(bench, target, &id, &since).await?;
-        over_feed.push(ms_between(feed.first_after(source, before).await?, arrived));
-        total.push(ms_between(written, arrived));
-        eprintln!("  {id} after {:.0} ms", ms_between(written, arrived));
-        wait_until_settled(&program).await?;
-    }
-    let mut figures = percentiles(&over_feed);
-    // One for each write where none is wasted; the last may still be under way.
-    figures["runs"] = json!(runs(&program).await? - runs_before);
-    bench.report("replicate_over_feed", "ms", &program, figures);
-    bench.report("replicate_total", "ms", &program, percentiles(&total));
-    program.stop().await
-}
-
-/// A run that is still under way would carry the next write early.
-async fn wait_until_settled(program: &Program) -> anyhow::Result<()> {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    loop {
-        // Whatever the last write causes has begun by then.
-        tokio::time::sleep(Duration::from_millis(1300)).await;
-        let metrics = program.metrics().await?;
-        let level = |name: &str| metrics.get(name).copied().unwrap_or_default();
-        if level("spiegel_replications_running") + level("spiegel_replications_queued") == 0.0 {
-            return Ok(());
+        for (contender, _, measured) in &mut contenders {
+            write(bench, &feed, contender, &format!("warm{n}"), measured).await.context(contender.side.name())?;
+            pause(contender).await?;
         }
-        anyhow::ensure!(Instant::now() < deadline, "a replication does not end");
     }
+    let (mut over_feed, mut total) = (Vec::new(), Vec::new());
+    for (contender, requests, measured) in &contenders {
+        contender.settle().await?;
+        let mut of_side = percentiles(&measured.over_feed);
+        contender.account(&mut of_side, requests.as_ref(), WRITES).await?;
+        over_feed.push((contender.side.name(), of_side));
+        total.push((contender.side.name(), percentiles(&measured.total)));
+    }
+    sides::report(bench, "replicate_over_feed", "ms", json!({}), &over_feed);
+    sides::report(bench, "replicate_total", "ms", json!({}), &total);
+    let contenders = contenders.into_iter().map(|(contender, ..)| contender).collect();
+    cold(bench, &feed, contenders).await
 }
 
-async fn runs(program: &Program) -> anyhow::Result<f64> {
-    let metrics = program.metrics().await?;
-    Ok(metrics.iter().filter(|(name, _)| name.starts_with("spiegel_replications_total")).map(|(_, count)| count).sum())
-}
-
-async fn arrival_of(bench: &Bench, db: &str, id: &str, since: &str) -> anyhow::Result<Instant> {
-    let looking = async {
-        let mut since = since.to_string();
-        loop {
-            let (ids, last_seq) = bench.couch.longpoll(db, &since).await?;
-            if ids.iter().any(|found| found == id) {
-                return Ok(Instant::now());
+async fn cold(bench: &Bench, feed: &FeedTimes, contenders: Vec<Contender>) -> anyhow::Result<()> {
+    let mut programs = Vec::new();
+    for mut contender in contenders {
+        match contender.program.take() {
+            Some(program) => {
+                program.stop().await?;
+                programs.push((contender, Measured::default(), Value::Null));
             }
-            since = last_seq;
+            None => contender.stop(bench).await?,
         }
-    };
-    tokio::time::timeout(Duration::from_secs(60), looking).await.with_context(|| format!("{id} was not replicated"))?
+    }
+    for n in 0..STARTS {
+        for (contender, measured, last) in &mut programs {
+            let program =
+                Program::start(bench, &format!("replicate_{}", contender.side.name()), &[contender.side.engine()]).await?;
+            program.wait_until_settled(ARRIVAL_MAX).await?;
+            // It reads again what the feed told since the position was saved; that is no run of the measured kind.
+            let (runs, requests) = (program.replications().await?, program.requests().await?);
+            write(bench, feed, contender, &format!("cold{n}"), measured).await.context(contender.side.name())?;
+            program.wait_until_settled(ARRIVAL_MAX).await?;
+            *last = json!({ "runs_before": runs, "requests_by_endpoint": requests_since(&requests, &program.requests().await?) });
+            program.stop().await?;
+        }
+    }
+    let figures: Vec<_> = programs
+        .iter()
+        .map(|(contender, measured, last)| {
+            let mut of_side = percentiles(&measured.over_feed);
+            of_side["total_ms"] = percentiles(&measured.total);
+            of_side["last"] = last.clone();
+            (contender.side.name(), of_side)
+        })
+        .collect();
+    sides::report(bench, "replicate_cold_over_feed", "ms", json!({}), &figures);
+    Ok(())
+}
+
+async fn write(bench: &Bench, feed: &FeedTimes, contender: &Contender, id: &str, into: &mut Measured) -> anyhow::Result<()> {
+    let (couch, source) = (&bench.couch, &contender.dbs[0]);
+    let mut watch = couch.watch(&contender.dbs[1..]).await?;
+    let before = Instant::now();
+    couch.put_doc(source, id, json!({})).await?;
+    let written = Instant::now();
+    let arrived = watch.last_of(HashSet::from([(0, id.to_string())]), ARRIVAL_MAX).await?;
+    into.over_feed.push(ms_between(feed.first_after(source, before).await?, arrived));
+    into.total.push(ms_between(written, arrived));
+    eprintln!("  {} {id} after {:.0} ms", contender.side.name(), ms_between(written, arrived));
+    Ok(())
+}
+
+/// The next write comes to a database that rests, out of step with the feed's own half second.
+async fn pause(contender: &Contender) -> anyhow::Result<()> {
+    if let Some(program) = &contender.program {
+        program.wait_until_settled(ARRIVAL_MAX).await?;
+    }
+    tokio::time::sleep(Duration::from_millis(fastrand::u64(0..500))).await;
+    Ok(())
 }
