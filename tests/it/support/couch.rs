@@ -104,8 +104,17 @@ impl Couch {
         }
     }
 
+    /// One that was deleted a moment ago may still be there for CouchDB.
     pub async fn create(&self, db: &str) {
-        self.asked(Method::PUT, encode(db), None).await;
+        let mut created = (StatusCode::PRECONDITION_FAILED, Value::Null);
+        for _ in 0..20 {
+            created = self.ask(Method::PUT, &encode(db), None).await;
+            if created.0 != StatusCode::PRECONDITION_FAILED {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        assert!(created.0.is_success(), "create {db}: {} {}", created.0, created.1);
     }
 
     pub async fn delete(&self, db: &str) {
