@@ -507,3 +507,7 @@ fn pieces(revs: Revs, revs_max: usize) -> impl Iterator<Item = Revs> {
         (!piece.is_empty()).then_some(piece)
     })
 }
+
+#[cfg(all(test, feature = "dev"))]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests;
