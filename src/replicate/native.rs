@@ -19,6 +19,7 @@ pub mod gather;
 pub mod parameters;
 pub mod peer;
 pub mod run;
+pub mod sessions;
 pub mod shared;
 pub mod slots;
 
@@ -87,6 +88,7 @@ impl NativeEngine {
             patient,
             gates: gate::Gates::new(settings.requests_per_host_max),
             pipes: gate::Gates::new(PIPES_PER_HOST),
+            sessions: sessions::Sessions::default(),
             metrics,
             health,
         };

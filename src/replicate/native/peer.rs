@@ -4,11 +4,13 @@ use super::attachments::{MoveError, Moved, source_path, target_path, transfer};
 use super::elements::{ChangesRow, as_text};
 use super::gate::{Gate, Gates};
 use super::parameters::{Rights, Side};
+use super::sessions::Sessions;
 use crate::couch::health::Health;
 use crate::couch::{CouchError, ReadError, Seq, chain_of, encode_doc_id, read_bounded, status_error};
 use crate::telemetry::{Metrics, RequestLabels};
+use crate::vault::Credentials;
 use bytes::Bytes;
-use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderValue};
+use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, COOKIE, HeaderMap, HeaderValue};
 use reqwest::{Method, RequestBuilder, Response};
 use serde::Deserialize;
 use serde_json::value::RawValue;
@@ -32,6 +34,7 @@ struct Inner {
     base: String,
     db_name: String,
     headers: HeaderMap,
+    credentials: Option<Credentials>,
     rights: Rights,
     gate: Gate,
     pipes: Gate,
@@ -50,6 +53,7 @@ pub struct Net {
     /// For large attachments, which take long and must not take the places of those that do not.
     pub pipes: Gates,
     pub metrics: Arc<Metrics>,
+    pub sessions: Sessions,
     /// Of the watched server.
     pub health: Health,
 }
@@ -211,6 +215,7 @@ impl Peer {
             base: side.url.as_str().trim_end_matches('/').to_string(),
             db_name: side.db_name.clone(),
             headers,
+            credentials: side.credentials.clone(),
             rights: side.rights(),
             gate,
             pipes,
@@ -252,7 +257,9 @@ impl Peer {
             true => self.inner.base.clone(),
             false => format!("{}/{path}", self.inner.base),
         };
-        client.request(method, url).headers(self.inner.headers.clone())
+        let mut headers = self.inner.headers.clone();
+        self.inner.net.sessions.add_to(self.inner.rights, &mut headers);
+        client.request(method, url).headers(headers)
     }
 
     fn posted(&self, path: &str, body: impl Into<reqwest::Body>) -> RequestBuilder {
@@ -271,8 +278,25 @@ impl Peer {
         PeerError { which: self.inner.which, is_local: false, is_out_of_reach: false, error: Arc::new(error) }
     }
 
-    /// Waits for a place at the host, sends, counts, and turns a bad status into an error.
+    /// Sends, and where the password is not taken, logs in and sends once more.
     pub async fn send(&self, endpoint: &'static str, request: RequestBuilder) -> Result<Response> {
+        let again = self.inner.credentials.as_ref().zip(request.try_clone());
+        match (self.send_once(endpoint, request).await, again) {
+            (Err(error), Some((credentials, again))) if matches!(&*error.error, CouchError::Unauthorized(_)) => {
+                let Net { http, sessions, .. } = &self.inner.net;
+                let server = self.inner.base.rsplit_once('/').map_or("", |(server, _)| server);
+                match sessions.log_in(http, server, self.inner.rights, credentials).await {
+                    // In place of one that is too old.
+                    Some(cookie) => self.send_once(endpoint, again.headers(HeaderMap::from_iter([(COOKIE, cookie)]))).await,
+                    None => Err(error),
+                }
+            }
+            (result, _) => result,
+        }
+    }
+
+    /// Waits for a place at the host, sends, counts, and turns a bad status into an error.
+    async fn send_once(&self, endpoint: &'static str, request: RequestBuilder) -> Result<Response> {
         let pass = self.inner.gate.enter().await;
         self.count_request();
         let started = Instant::now();
@@ -281,7 +305,10 @@ impl Peer {
         pass.answered(status, started.elapsed());
         self.inner.net.metrics.couchdb_requests.get_or_create(&RequestLabels { endpoint, status }).inc();
         match answer {
-            Ok(response) if response.status().is_success() => Ok(response),
+            Ok(response) if response.status().is_success() => {
+                self.inner.net.sessions.renew(self.inner.rights, response.headers());
+                Ok(response)
+            }
             Ok(response) => Err(self.error(status_error(response).await)),
             Err(error) => Err(self.lost(&error)),
         }

@@ -6,6 +6,7 @@ use crate::dev::{DevOptions, DevServer};
 use crate::replicate::native::gate::Gates;
 use crate::replicate::native::parameters::{Local, Parameters};
 use crate::replicate::native::peer::{ChangesRequest, Net, Which};
+use crate::replicate::native::sessions::Sessions;
 use crate::telemetry::Metrics;
 use crate::vault::split_credentials;
 use base64::Engine as _;
@@ -30,12 +31,8 @@ impl Stage {
         let url = format!("http://admin:secret@{}", server.address()).parse().expect("a URL");
         let (url, credentials) = split_credentials(url);
         let timeout = Duration::from_secs(10);
-        let settings = CouchSettings {
-            url: url.clone(),
-            credentials: credentials.clone(),
-            connect_timeout: timeout,
-            read_timeout: timeout,
-        };
+        let settings =
+            CouchSettings { url: url.clone(), credentials: credentials.clone(), connect_timeout: timeout, read_timeout: timeout };
         let couch = Couch::new(settings, Metrics::new()).expect("a client");
         for db in ["source", "target"] {
             couch.create_db(db).await.expect("a database");
@@ -47,6 +44,7 @@ impl Stage {
             patient: reqwest::Client::builder().build().expect("a client"),
             gates: Gates::new(16),
             pipes: Gates::new(4),
+            sessions: Sessions::default(),
             metrics: Metrics::new(),
             health: couch.health().clone(),
         };
