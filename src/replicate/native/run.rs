@@ -23,6 +23,8 @@ use tokio::time::Instant;
 const PAGE_ROWS: usize = 1_000;
 /// After so long a run gives way to others, at the end of a page.
 const TURN: Duration = Duration::from_secs(10);
+/// So long after a look at the source's checkpoint a run does without another.
+const SOURCE_TRUSTED_FOR: Duration = Duration::from_secs(60);
 /// Pages whose documents are on their way at once.
 const PAGES: usize = 3;
 
@@ -52,6 +54,7 @@ struct Begin {
     since: Seq,
     /// None where no checkpoints are kept.
     anchor: Option<Anchor>,
+    source_seen: Instant,
     /// The position was confirmed: what comes after it is new to the target.
     is_known: bool,
 }
@@ -74,7 +77,7 @@ impl Run<'_> {
     }
 
     async fn pages(&self, begin: Begin, is_news: bool, slot: &mut Slot, done: &mut Done) -> Result<()> {
-        let Begin { page, since: start, mut anchor, .. } = begin;
+        let Begin { page, since: start, mut anchor, mut source_seen, .. } = begin;
         let begun = Instant::now();
         let epoch = self.behind.slots.epoch();
         // What is written while we read is the next run's: a source that never rests must not keep this one.
@@ -111,7 +114,7 @@ impl Run<'_> {
                     let pending = total.map(|total| total.saturating_sub(done.rows));
                     self.progress.so_far(super::report(done, &self.transfer), pending, last_seq.number());
                     let Some(at) = &anchor else { continue };
-                    slot.position = Some(Position { since: last_seq, anchor: at.clone(), epoch });
+                    slot.position = Some(Position { since: last_seq, anchor: at.clone(), source_seen, epoch });
                     if rows == 0 {
                         continue;
                     }
@@ -135,6 +138,7 @@ impl Run<'_> {
                         }
                         (from, started) = (position.since, SystemTime::now());
                         anchor = slot.position.as_ref().map(|position| position.anchor.clone());
+                        source_seen = Instant::now();
                     }
                 }
                 else => return Ok(()),
@@ -164,7 +168,7 @@ impl Run<'_> {
                 target.create(&self.parameters.create_target_params).await?;
             }
             let page = self.read(since.clone()).await?;
-            return Ok(Begin { page, since, anchor: None, is_known: false });
+            return Ok(Begin { page, since, anchor: None, source_seen: Instant::now(), is_known: false });
         }
         let known = slot.position.clone().filter(|position| position.epoch == self.behind.slots.epoch());
         let ahead = async {
@@ -173,8 +177,14 @@ impl Run<'_> {
                 None => Ok(None),
             }
         };
-        let (at_source, at_target, page) =
-            tokio::join!(self.behind.read_checkpoint(source, &self.id), self.behind.read_checkpoint(target, &self.id), ahead);
+        let skips_source = known.as_ref().is_some_and(is_source_trusted);
+        let at_source = async {
+            match skips_source {
+                true => Ok(None),
+                false => self.behind.read_checkpoint(source, &self.id).await,
+            }
+        };
+        let (at_source, at_target, page) = tokio::join!(at_source, self.behind.read_checkpoint(target, &self.id), ahead);
         let (at_target, is_new_target) = match at_target {
             Err(error) if error.is_missing_database() && self.parameters.create_target => {
                 target.create(&self.parameters.create_target_params).await?;
@@ -182,19 +192,30 @@ impl Run<'_> {
             }
             other => (other?, false),
         };
+        // Somebody says that there is news, and the source that there is none: it may have gone back.
+        let has_news = matches!(&page, Ok(Some(page)) if !page.rows.is_empty());
+        let holds_at_target = known.as_ref().is_some_and(|position| position.anchor.holds_at_target(at_target.as_ref()));
+        let is_source_left_out = skips_source && has_news && holds_at_target && !is_new_target;
+        let at_source = match skips_source && !is_source_left_out {
+            true => self.behind.read_checkpoint(source, &self.id).await,
+            false => at_source,
+        };
         let (at_source, source_refuses) = match at_source {
             // A source that lets us read and not look at its local documents takes no checkpoint either.
             Err(error) if error.is_refusal() => (None, true),
             other => (other?, false),
         };
-        if let Some(position) = known
+        if let Some(Position { since, anchor, source_seen, .. }) = known
+            && holds_at_target
             && !is_new_target
-            && position.anchor.holds(at_source.as_ref(), at_target.as_ref())
+            && (is_source_left_out || anchor.holds_at_source(at_source.as_ref()))
         {
+            let source_seen = match is_source_left_out {
+                true => source_seen,
+                false => Instant::now(),
+            };
             match page {
-                Ok(Some(page)) => {
-                    return Ok(Begin { page, since: position.since, anchor: Some(position.anchor), is_known: true });
-                }
+                Ok(Some(page)) => return Ok(Begin { page, since, anchor: Some(anchor), source_seen, is_known: true }),
                 // The source does not know the position any more: the checkpoints may have one that it does.
                 Err(TransferError::Peer(error)) if error.error.is_unknown_seq() => {}
                 Err(error) => return Err(error),
@@ -244,9 +265,10 @@ impl Run<'_> {
                 self.behind.write(&self.id, &begun, &since, at_source.as_ref(), at_target.as_ref(), source_refuses).await?
             }
         };
-        slot.position = Some(Position { since: since.clone(), anchor: anchor.clone(), epoch: self.behind.slots.epoch() });
+        let (source_seen, epoch) = (Instant::now(), self.behind.slots.epoch());
+        slot.position = Some(Position { since: since.clone(), anchor: anchor.clone(), source_seen, epoch });
         let page = self.read(since.clone()).await?;
-        Ok(Begin { page, since, anchor: Some(anchor), is_known: is_known && alone.is_none() })
+        Ok(Begin { page, since, anchor: Some(anchor), source_seen, is_known: is_known && alone.is_none() })
     }
 
     fn first(&self) -> Seq {
@@ -294,4 +316,10 @@ impl Run<'_> {
         };
         ChangesRequest { since, limit: self.limit(), query: query.into(), body }
     }
+}
+
+/// A checkpoint is written only after a look at both sides, so that a source that went back is found by then; and a source that
+/// has nothing new is looked at in any case. A source that counts (PouchDB) may be another one with the same numbers.
+fn is_source_trusted(position: &Position) -> bool {
+    position.source_seen.elapsed() < SOURCE_TRUSTED_FOR && matches!(position.since, Seq::Text(_))
 }

@@ -24,9 +24,15 @@ pub struct Anchor {
 
 impl Anchor {
     pub fn holds(&self, source: Option<&Checkpoint>, target: Option<&Checkpoint>) -> bool {
-        let says =
-            |checkpoint: Option<&Checkpoint>| checkpoint.is_some_and(|it| it.session_id.as_ref() == Some(&self.session_id));
-        says(target) && (self.is_target_only || says(source))
+        self.holds_at_target(target) && self.holds_at_source(source)
+    }
+
+    pub fn holds_at_target(&self, target: Option<&Checkpoint>) -> bool {
+        target.is_some_and(|target| target.session_id.as_ref() == Some(&self.session_id))
+    }
+
+    pub fn holds_at_source(&self, source: Option<&Checkpoint>) -> bool {
+        self.is_target_only || source.is_some_and(|source| source.session_id.as_ref() == Some(&self.session_id))
     }
 }
 
@@ -35,6 +41,8 @@ pub struct Position {
     /// Everything up to here is in the target.
     pub since: Seq,
     pub anchor: Anchor,
+    /// When the source was last read to say so.
+    pub source_seen: Instant,
     /// Of `Slots::epoch`: what was true before an outage need not be true after it.
     pub epoch: u64,
 }
