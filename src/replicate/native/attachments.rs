@@ -99,11 +99,8 @@ fn ancestor_generation(doc: &Shallow, atts_since: &[impl AsRef<str>]) -> u64 {
 /// Without `latest`, with which CouchDB 3.5 answers the winner whatever revision is asked for; so a revision that was compacted
 /// away since the page was read is an error, and the next try reads a page with its successor.
 pub fn source_path(doc_id: &str, rev: &str, atts_since: &[impl AsRef<str>]) -> String {
-    let mut path = format!(
-        "{}?rev={}&revs=true&attachments=true&att_encoding_info=true",
-        encode_doc_id(doc_id),
-        encode_segment(rev)
-    );
+    let mut path =
+        format!("{}?rev={}&revs=true&attachments=true&att_encoding_info=true", encode_doc_id(doc_id), encode_segment(rev));
     let generation = |rev: &str| rev.split_once('-').and_then(|(generation, _)| generation.parse::<u64>().ok()).unwrap_or(0);
     let mut revs: Vec<&str> = atts_since.iter().map(AsRef::as_ref).collect();
     revs.sort_by_key(|rev| std::cmp::Reverse(generation(rev)));
