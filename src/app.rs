@@ -58,6 +58,8 @@ pub struct World {
     sweeps: Arc<sweep::Queue>,
     publish: watch::Sender<Arc<Snapshot>>,
     rule_health: RuleHealth,
+    /// The one that lives now, for whoever asks what the replicators are doing.
+    topology: watch::Sender<Option<ActorRef<topology::Message>>>,
     /// Keeps what it knows of checkpoints over a crash of the pool.
     native: Arc<NativeEngine>,
 }
@@ -203,7 +205,8 @@ impl State {
 
     /// The wiring, long, flat and dull.
     async fn build(&mut self, child: Child, supervisor: ActorCell) -> Result<ActorCell, ActorProcessingErr> {
-        let World { settings, couch, vault, metrics, ledger, sweeps, publish, rule_health, native } = self.world.as_ref();
+        let World { settings, couch, vault, metrics, ledger, sweeps, publish, rule_health, topology, native } =
+            self.world.as_ref();
         let backoff = Backoff::new(settings.backoff_base, settings.backoff_cap);
         // CouchDB's own hiccups are retried sooner than somebody else's endpoint.
         let couch_backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
@@ -241,7 +244,7 @@ impl State {
             }
             Child::ReplicatorPool => {
                 let couchdb = Arc::new(CouchEngine::new(couch.clone(), settings.replication.timeout));
-                let engines = Engines { native: native.clone(), couchdb, default: settings.replication.engine };
+                let engines = Engines::new(native.clone(), couchdb, settings.replication.engine);
                 let runner = Replicator::new(Arc::new(engines), metrics.clone());
                 let pool = Pool::spawn(runner, (&settings.replication).into(), supervisor).await?;
                 let cell = pool.cell();
@@ -258,9 +261,11 @@ impl State {
                     backoff,
                     local_url: couch.settings().url.clone(),
                     local_host: local_host(couch),
+                    metrics: metrics.clone(),
                 };
                 let (actor, _) = Actor::spawn_linked(None, Topology, arguments, supervisor).await?;
                 self.built.topology = Some(actor.clone());
+                topology.send_replace(Some(actor.clone()));
                 actor.get_cell()
             }
             Child::DbDirectory => {
@@ -295,6 +300,7 @@ impl State {
             Child::GlobalChanges => {
                 let arguments = feed::Arguments {
                     couch: couch.clone(),
+                    db_name: settings.db_name.clone(),
                     checkpoints: needed(&self.built.checkpoints)?,
                     ledger: ledger.clone(),
                     sweeps: sweeps.clone(),
@@ -354,8 +360,10 @@ impl Stopping {
         let _ = directory.cast(directory::Message::Stop);
         let _ = tokio::time::timeout(deadline / 2, ledger.room(1)).await;
 
-        // Where a side was replaced meanwhile, its replicator is running again by the time that what runs is written down.
-        let _ = tokio::time::timeout(deadline / 4, native.flush()).await;
+        // Where a side was replaced meanwhile, its replicator runs again, and what runs is written down.
+        for id in tokio::time::timeout(deadline / 4, native.flush()).await.unwrap_or_default() {
+            let _ = topology.cast(topology::Message::RunAgain { id });
+        }
         let mut spilled = Vec::new();
         let owing = ledger.cursor().owing();
         for db in owing {
@@ -436,6 +444,7 @@ impl App {
             sweeps: Arc::new(sweep::Queue::default()),
             publish: watch::channel(Arc::new(Snapshot::default())).0,
             rule_health: RuleHealth::default(),
+            topology: watch::channel(None).0,
             settings,
         });
         let admin_stop = CancellationToken::new();

@@ -62,7 +62,11 @@ pub enum Command {
     /// Look whether everything is in place, and say what to do where it is not
     Check,
     /// Show what the running process does, or what the spiegel database tells of it
-    Status,
+    Status {
+        /// List replicators that are settled, too
+        #[arg(long)]
+        all: bool,
+    },
     /// Print the version
     Version,
     /// Ask the running process whether it is alive: exit code 0 or 1 (for containers)
@@ -218,7 +222,7 @@ async fn one(command: Command, loaded: Loaded) -> Result<Exit, Failure> {
         }
         Command::Install => install::command(&settings).await,
         Command::Uninstall => uninstall::command(&settings).await,
-        Command::Status => status::command(&settings).await,
+        Command::Status { all } => status::command(&settings, all).await,
         Command::Healthcheck { ready } => healthcheck::command(&settings, ready).await,
         #[cfg(feature = "dev")]
         Command::Dev(options) => dev::dev(options).await,

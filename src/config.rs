@@ -84,6 +84,7 @@ pub struct ReplicationSettings {
     pub engine: EngineChoice,
     pub concurrency: usize,
     pub concurrency_per_host: usize,
+    pub concurrency_per_target: usize,
     pub per_second_per_host: Option<std::num::NonZeroU32>,
     /// Of one run by CouchDB.
     pub timeout: Duration,
@@ -109,6 +110,14 @@ impl EngineChoice {
             "native" => Some(EngineChoice::Native),
             "couchdb" => Some(EngineChoice::Couchdb),
             _ => None,
+        }
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            EngineChoice::Auto => "auto",
+            EngineChoice::Native => "native",
+            EngineChoice::Couchdb => "couchdb",
         }
     }
 }

@@ -6,6 +6,7 @@
 
 pub mod changes;
 pub mod docs;
+pub mod fingerprint;
 pub mod health;
 pub mod replicate;
 
@@ -36,6 +37,14 @@ pub enum Seq {
 impl Seq {
     pub fn zero() -> Self {
         Seq::Number(0)
+    }
+
+    /// Before the dash: how many updates there were, more or less. A hint, and never a position.
+    pub fn number(&self) -> Option<u64> {
+        match self {
+            Seq::Number(number) => Some(*number),
+            Seq::Text(text) => text.split('-').next()?.parse().ok(),
+        }
     }
 
     pub fn as_query(&self) -> String {

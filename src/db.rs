@@ -8,10 +8,12 @@ pub mod debounce;
 pub mod deliver;
 pub mod directory;
 pub mod durable;
+pub mod known;
 pub mod listen;
 pub mod positions;
 pub mod rule_health;
 
+use crate::couch::fingerprint::Fingerprint;
 use crate::job::{Claim, DbName, Debts};
 use crate::rules::catalogue::Snapshot;
 use crate::schedule::backoff::Backoff;
@@ -254,9 +256,10 @@ impl State {
         // Before the first request: what is owed from here on is for the next run.
         let claim = shared.debts.claim(&db);
         self.claims.insert(claim);
+        let seen = shared.debts.fingerprint(&db, claim);
         let myself = myself.clone();
         let run = tokio::spawn(async move {
-            let running = tokio::spawn(run(db, shared, listener, instance, is_stale));
+            let running = tokio::spawn(run(db, shared, listener, instance, is_stale, seen));
             let _abort_with_us = AbortOnDrop(running.abort_handle());
             let ended = running.await.unwrap_or_else(|crash| RunEnded {
                 listener: None,
@@ -494,7 +497,14 @@ fn until(at: SystemTime) -> Duration {
     at.duration_since(SystemTime::now()).unwrap_or_default() + Duration::from_millis(1)
 }
 
-async fn run(db: DbName, shared: Arc<Shared>, listener: Option<Listener>, instance: Instance, is_stale: bool) -> RunEnded {
+async fn run(
+    db: DbName,
+    shared: Arc<Shared>,
+    listener: Option<Listener>,
+    instance: Instance,
+    is_stale: bool,
+    seen: Option<Fingerprint>,
+) -> RunEnded {
     // At the start, work that is durable may be known before the rules are.
     let snapshot = loaded_snapshot(&shared).await;
     shared.tools.couch.health().up().await;
@@ -521,7 +531,7 @@ async fn run(db: DbName, shared: Arc<Shared>, listener: Option<Listener>, instan
         Err(error) => return RunEnded { listener: None, result: Err(error), replicated },
     };
     listener.meet(instance);
-    let result = listener.listen(&shared.tools, &rules).await;
+    let result = listener.listen(&shared.tools, &rules, seen).await;
     RunEnded { listener: Some(listener), result, replicated }
 }
 

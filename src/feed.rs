@@ -61,6 +61,7 @@ pub struct GlobalChangesActor;
 #[derive(Clone)]
 pub struct Arguments {
     pub couch: Couch,
+    pub db_name: String,
     pub checkpoints: Checkpoints,
     pub ledger: Arc<Ledger>,
     pub sweeps: Arc<sweep::Queue>,
@@ -281,6 +282,9 @@ impl Reader {
         }
         let mut watermark = self.load_watermark().await;
         let is_first_start = watermark.value().is_none();
+        // Whoever deletes the position wants everything to be looked at.
+        let trusting = if is_first_start { sweep::Queue::TRUSTING_MAX } else { watermark.sweeps_trusting() };
+        self.arguments.sweeps.resume(trusting);
         let rules = snapshot.borrow().rules_hash();
         let may_skip_sweep = watermark.can_skip_sweep(SystemTime::now(), self.arguments.settings.sweep_interval, &rules);
         self.start_at(&watermark).await;
@@ -500,9 +504,10 @@ const GATHER: Duration = Duration::from_millis(100);
 
 async fn sweep_what_is_asked(arguments: Arguments, myself: ActorRef<Message>, swept_once: oneshot::Sender<()>) {
     let mut swept_once = Some(swept_once);
-    let Arguments { couch, ledger, sweeps, snapshot, directory, topology, metrics, settings, .. } = arguments;
+    let Arguments { couch, db_name, ledger, sweeps, snapshot, directory, topology, metrics, settings, .. } = arguments;
     let mut sweeper = Sweeper {
         couch: couch.clone(),
+        spiegel_db: db_name,
         ledger,
         snapshot: snapshot.clone(),
         directory,
@@ -510,7 +515,6 @@ async fn sweep_what_is_asked(arguments: Arguments, myself: ActorRef<Message>, sw
         metrics,
         pending_databases_max: settings.pending_databases_max,
         targets: Default::default(),
-        sweeps: 0,
     };
     let mut failures = 0;
     loop {
@@ -519,13 +523,14 @@ async fn sweep_what_is_asked(arguments: Arguments, myself: ActorRef<Message>, sw
         let (scope, asks) = sweeps.next().await;
         couch.health().up().await;
         let rules = snapshot.borrow().rules_hash();
-        match sweeper.sweep(&scope).await {
+        let ask_all = sweeps.asks_all(&scope);
+        match sweeper.sweep(&scope, ask_all).await {
             Ok(found) => {
                 failures = 0;
-                tracing::debug!(found, "swept");
-                sweeps.done(&scope, asks);
+                tracing::debug!(found, ask_all, "swept");
+                let trusting = sweeps.done(&scope, asks, ask_all);
                 if matches!(scope, Scope::All) {
-                    let _ = myself.cast(Message::Swept { swept: Swept { at: SystemTime::now(), rules } });
+                    let _ = myself.cast(Message::Swept { swept: Swept { at: SystemTime::now(), rules, trusting } });
                     if let Some(swept_once) = swept_once.take() {
                         let _ = swept_once.send(());
                     }

@@ -2,6 +2,7 @@
 //!
 //! A job is work that the scheduler runs for somebody who waits for its verdict. Nothing here decides anything.
 
+use crate::couch::fingerprint::Fingerprint;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -48,6 +49,8 @@ pub trait Debts: Send + Sync {
     /// Takes what is owed for `db` until now. To be called before the first request of a run: what is owed later belongs
     /// to the next run.
     fn claim(&self, db: &DbName) -> Claim;
+    /// What a sweep read of the database before it owed what was claimed; None where it was no sweep.
+    fn fingerprint(&self, db: &DbName, claim: Claim) -> Option<Fingerprint>;
     /// The claimed work is confirmed, or durable in CouchDB.
     fn settle(&self, db: &DbName, claim: Claim);
     /// The claimed work was not done: it is owed again.

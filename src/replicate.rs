@@ -6,19 +6,21 @@
 pub mod couchdb;
 pub mod engines;
 pub mod native;
+pub mod progress;
 
 pub use couchdb::CouchEngine;
 pub use engines::Engines;
+pub use progress::Progress;
 
 use crate::config::{EngineChoice, ReplicationSettings};
 use crate::job::Verdict;
-use crate::schedule::{Backoff, Dispatcher, DispatcherSettings, Failure, Perform, Spec, Worker};
+use crate::schedule::{Attempt, Backoff, Dispatcher, DispatcherSettings, Failure, Perform, Spec, Step, Worker};
 use crate::telemetry::{Metrics, OutcomeLabels};
 use futures_util::future::BoxFuture;
 use std::fmt;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::{Arc, LazyLock};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 use tokio::time::Instant;
 
 pub type ReplicatorPool = Dispatcher<Replicator>;
@@ -45,18 +47,23 @@ pub struct Replication {
     pub engine: Option<EngineChoice>,
     /// Another replicator goes the other way.
     pub is_bidirectional: bool,
+    /// Of this one run, for whoever asked for it.
+    pub progress: Arc<Progress>,
+    /// The higher goes first.
+    pub priority: i32,
 }
 
 /// Leaves out `params`: they carry passwords, in URLs and in headers.
 impl fmt::Debug for Replication {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { replicator_id, params: _, source, target, lane, engine, is_bidirectional: _ } = self;
+        let Self { replicator_id, source, target, lane, engine, priority, .. } = self;
         f.debug_struct("Replication")
             .field("replicator_id", replicator_id)
             .field("source", source)
             .field("target", target)
             .field("lane", lane)
             .field("engine", engine)
+            .field("priority", priority)
             .finish_non_exhaustive()
     }
 }
@@ -74,6 +81,14 @@ impl Spec for Replication {
         &self.lane
     }
 
+    fn place(&self) -> &str {
+        &self.target
+    }
+
+    fn priority(&self) -> i32 {
+        self.priority
+    }
+
     fn order_key(&self) -> u64 {
         self.key()
     }
@@ -84,14 +99,69 @@ impl Spec for Replication {
     }
 }
 
-/// What a run did.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+/// What a run did, as far as its engine tells.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Report {
+    /// Revisions that the source named.
+    pub missing_checked: u64,
+    /// Those of them that the target lacked.
+    pub missing_found: u64,
     pub docs_read: u64,
     pub docs_written: u64,
     /// Documents that the target refused: the run is done all the same, and the next one does not try them again.
     pub doc_write_failures: u64,
+    /// Of documents and their attachments, without what carries them.
+    pub bytes_read: u64,
+    /// Sent by this run, to both sides. What several runs ask together counts for the one that carried it.
+    pub requests: u64,
     pub no_changes: bool,
+    /// It gave way to others; there is more.
+    pub is_unfinished: bool,
+    pub first_refused: Option<RefusedDocument>,
+}
+
+/// A document that the target would not take, and its reason, for people.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RefusedDocument {
+    pub id: String,
+    pub reason: String,
+}
+
+/// Both come from elsewhere: one line of a log must hold them.
+const REFUSED_CHARS_MAX: usize = 200;
+
+impl RefusedDocument {
+    pub fn new(id: &str, reason: &str) -> Self {
+        let id = shown(id, REFUSED_CHARS_MAX);
+        Self { id, reason: shown(reason, REFUSED_CHARS_MAX) }
+    }
+}
+
+/// The parts of one run, between which it gave way to others.
+impl std::ops::AddAssign for Report {
+    fn add_assign(&mut self, next: Self) {
+        self.missing_checked += next.missing_checked;
+        self.missing_found += next.missing_found;
+        self.docs_read += next.docs_read;
+        self.docs_written += next.docs_written;
+        self.doc_write_failures += next.doc_write_failures;
+        self.bytes_read += next.bytes_read;
+        self.requests += next.requests;
+        self.no_changes &= next.no_changes;
+        self.is_unfinished = next.is_unfinished;
+        self.first_refused = self.first_refused.take().or(next.first_refused);
+    }
+}
+
+/// One short line without passwords. It is cut first and far behind its end, so that a long text costs little and half a URL
+/// is redacted as a whole one.
+pub fn shown(text: &str, chars_max: usize) -> String {
+    let start: String = text.chars().take(chars_max * 4).map(|c| if c.is_control() { ' ' } else { c }).collect();
+    let mut line: String = crate::vault::redact_text(&start).chars().take(chars_max).collect();
+    if line.len() < text.len() && line.chars().count() == chars_max {
+        line.push('…');
+    }
+    line
 }
 
 /// Why a run failed. No text holds a password.
@@ -103,6 +173,9 @@ pub enum ReplicateError {
     Unauthorized(String),
     #[error("source or target does not answer: {0}")]
     Unreachable(String),
+    /// No connection could be made from here.
+    #[error("source or target cannot be reached: {0}")]
+    OutOfReach(String),
     #[error("replication failed: {error}")]
     Other { error: String, verdict: Verdict },
 }
@@ -111,7 +184,7 @@ impl ReplicateError {
     pub fn verdict(&self) -> Verdict {
         match self {
             ReplicateError::Missing { .. } | ReplicateError::Unauthorized(_) => Verdict::GiveUp,
-            ReplicateError::Unreachable(_) => Verdict::Retry { after: None },
+            ReplicateError::Unreachable(_) | ReplicateError::OutOfReach(_) => Verdict::Retry { after: None },
             ReplicateError::Other { verdict, .. } => verdict.clone(),
         }
     }
@@ -121,7 +194,7 @@ impl ReplicateError {
         match self {
             ReplicateError::Missing { .. } => "missing",
             ReplicateError::Unauthorized(_) => "unauthorized",
-            ReplicateError::Unreachable(_) => "unreachable",
+            ReplicateError::Unreachable(_) | ReplicateError::OutOfReach(_) => "unreachable",
             ReplicateError::Other { .. } => "failed",
         }
     }
@@ -146,6 +219,7 @@ impl From<&ReplicationSettings> for DispatcherSettings {
         Self {
             workers_max: settings.concurrency,
             concurrency_per_lane: settings.concurrency_per_host,
+            concurrency_per_place: settings.concurrency_per_target,
             per_second_per_lane: settings.per_second_per_host,
             fast_retries: FAST_RETRIES,
             backoff: Backoff::new(RETRY_BASE, RETRY_CAP),
@@ -167,18 +241,26 @@ impl Replicator {
 impl Perform for Replicator {
     type Spec = Replication;
 
-    fn perform(&self, spec: Arc<Replication>) -> BoxFuture<'static, Result<(), Failure>> {
+    fn perform(&self, spec: Arc<Replication>) -> BoxFuture<'static, Attempt> {
+        spec.progress.start(SystemTime::now());
         let (run, metrics) = (self.engine.run(spec.clone()), self.metrics.clone());
         Box::pin(async move {
             let started = Instant::now();
             let result = run.await;
-            metrics.replication_duration_seconds.observe(started.elapsed().as_secs_f64());
+            let duration = started.elapsed();
+            metrics.replication_duration_seconds.observe(duration.as_secs_f64());
             let outcome = result.as_ref().map_or_else(ReplicateError::outcome, outcome_of);
             metrics.replications.get_or_create(&OutcomeLabels { outcome }).inc();
-            let Report { docs_read, docs_written, doc_write_failures, .. } = result?;
-            let Replication { replicator_id, source, target, .. } = &*spec;
-            tracing::debug!(%replicator_id, source, target, docs_read, docs_written, doc_write_failures, outcome, "replicated");
-            Ok(())
+            // What a run that failed had brought over by then is there all the same.
+            let part = result.as_ref().cloned().unwrap_or_else(|_| spec.progress.seen().part);
+            count(&metrics, &part);
+            say(&spec, &part, outcome, duration);
+            spec.progress.end(&part, duration);
+            if part.is_unfinished && result.is_ok() {
+                return Ok(Step::Unfinished);
+            }
+            say_refused(&spec, &spec.progress.seen().report());
+            result.map(|_| Step::Done).map_err(Failure::from)
         })
     }
 
@@ -192,8 +274,51 @@ impl Perform for Replicator {
     }
 }
 
+fn count(metrics: &Metrics, report: &Report) {
+    metrics.replication_missing_checked.inc_by(report.missing_checked);
+    metrics.replication_missing_found.inc_by(report.missing_found);
+    metrics.replication_docs_read.inc_by(report.docs_read);
+    metrics.replication_docs_written.inc_by(report.docs_written);
+    metrics.replication_doc_write_failures.inc_by(report.doc_write_failures);
+    metrics.replication_bytes_read.inc_by(report.bytes_read);
+}
+
+fn say(spec: &Replication, report: &Report, outcome: &str, duration: Duration) {
+    let Replication { replicator_id, source, target, .. } = spec;
+    let Report { missing_checked, missing_found, docs_read, docs_written, doc_write_failures, bytes_read, requests, .. } = report;
+    tracing::debug!(
+        %replicator_id,
+        source,
+        target,
+        outcome,
+        missing_checked,
+        missing_found,
+        docs_read,
+        docs_written,
+        doc_write_failures,
+        bytes_read,
+        requests,
+        duration_ms = duration.as_millis(),
+        "replicated"
+    );
+}
+
+/// Somebody should know: no later run tries them again.
+fn say_refused(spec: &Replication, report: &Report) {
+    let Report { doc_write_failures, first_refused, .. } = report;
+    if *doc_write_failures == 0 {
+        return;
+    }
+    let Replication { replicator_id, source, target, .. } = spec;
+    // `_replicate` counts them and names none.
+    let first_doc_id = first_refused.as_ref().map(|doc| doc.id.as_str());
+    let first_reason = first_refused.as_ref().map(|doc| doc.reason.as_str());
+    tracing::warn!(%replicator_id, source, target, doc_write_failures, first_doc_id, first_reason, "the target refused documents");
+}
+
 fn outcome_of(report: &Report) -> &'static str {
     match report {
+        Report { is_unfinished: true, .. } => "unfinished",
         Report { no_changes: true, .. } => "no_changes",
         Report { doc_write_failures: 1.., .. } => "done_with_refused_documents",
         Report { .. } => "done",
@@ -219,6 +344,8 @@ mod tests {
             lane: "host".into(),
             engine: None,
             is_bidirectional: false,
+            progress: Arc::default(),
+            priority: 0,
         }
     }
 
@@ -246,6 +373,7 @@ mod tests {
             concurrency_per_host,
             per_second_per_host: None,
             timeout,
+            concurrency_per_target: concurrency,
             requests_per_host: 64,
             checkpoint_after: timeout,
         };
@@ -301,9 +429,55 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn refused_documents_are_no_failed_run() {
         let (pool, metrics) =
-            pool(vec![Ok(Report { docs_read: 2, docs_written: 1, doc_write_failures: 1, no_changes: false })]).await;
+            pool(vec![Ok(Report { docs_read: 2, docs_written: 1, doc_write_failures: 1, bytes_read: 7, ..Report::default() })])
+                .await;
         assert_eq!(submit(&pool, "a").await, Ok(Outcome::Done));
         let outcome = "done_with_refused_documents";
         assert_eq!(metrics.replications.get_or_create(&OutcomeLabels { outcome }).get(), 1);
+        let counted = [
+            &metrics.replication_docs_read,
+            &metrics.replication_docs_written,
+            &metrics.replication_doc_write_failures,
+            &metrics.replication_bytes_read,
+        ];
+        assert_eq!(counted.map(|counter| counter.get()), [2, 1, 1, 7]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_run_can_be_looked_at() {
+        let answers = vec![Ok(Report { docs_written: 3, ..Report::default() })];
+        let spec = Arc::new(replication("a"));
+        let replicator = Replicator::new(Arc::new(Told(Mutex::new(answers))), Metrics::new());
+        assert_eq!(spec.progress.seen().started_at, None, "it waits for its turn");
+        let run = replicator.perform(spec.clone());
+        assert!(spec.progress.seen().started_at.is_some() && spec.progress.seen().duration.is_none());
+        assert_eq!(run.await, Ok(Step::Done));
+        let seen = spec.progress.seen();
+        assert_eq!((seen.report().docs_written, seen.duration), (3, Some(Duration::from_secs(1))));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_run_that_gave_way_is_one_run() {
+        let part = |docs_written, is_unfinished| Ok(Report { docs_written, is_unfinished, ..Report::default() });
+        let (spec, answers) = (Arc::new(replication("a")), vec![part(4, false), part(3, true), part(1, false)]);
+        let replicator = Replicator::new(Arc::new(Told(Mutex::new(answers))), Metrics::new());
+        for (step, docs_written, seconds) in [(Step::Done, 1, 1), (Step::Unfinished, 3, 1), (Step::Done, 7, 2)] {
+            assert_eq!(replicator.perform(spec.clone()).await, Ok(step));
+            let seen = spec.progress.seen();
+            assert_eq!((seen.report().docs_written, seen.duration), (docs_written, Some(Duration::from_secs(seconds))));
+        }
+        assert_eq!(replicator.metrics.replication_docs_written.get(), 8);
+    }
+
+    #[test]
+    fn what_is_shown_is_one_short_line_without_passwords() {
+        for (text, expected) in [
+            ("plain", "plain"),
+            ("two\nlines\x1b", "two lines "),
+            ("at http://u:hush@h/a: no", "at http://u:[redacted]@h/a: no"),
+            ("0123456789ä0123456789ä0123456789ä0123456789", "0123456789ä0123456789ä0123456789…"),
+        ] {
+            assert_eq!(shown(text, if expected.ends_with('…') { 32 } else { 100 }), expected);
+        }
     }
 }

@@ -188,7 +188,6 @@ impl Reader {
         let snapshot = self.catalogue.snapshot();
         let Arguments { metrics, publish, .. } = &self.arguments;
         metrics.rules.set(i64::try_from(snapshot.rules().len()).unwrap_or(i64::MAX));
-        metrics.replicators.set(i64::try_from(snapshot.replicators().len()).unwrap_or(i64::MAX));
         metrics.invalid_documents.set(i64::try_from(self.catalogue.invalid_documents()).unwrap_or(i64::MAX));
         publish.send_replace(Arc::new(snapshot));
     }

@@ -39,7 +39,7 @@ pub trait Perform: Send + Sync + 'static {
     type Spec: Spec;
 
     /// One attempt, bounded in time by itself: nothing else ends it.
-    fn perform(&self, spec: Arc<Self::Spec>) -> BoxFuture<'static, Result<(), Failure>>;
+    fn perform(&self, spec: Arc<Self::Spec>) -> BoxFuture<'static, Attempt>;
 
     /// For logs.
     fn pool(&self) -> &'static str;
@@ -49,6 +49,16 @@ pub trait Perform: Send + Sync + 'static {
 
     /// Told when a job was folded into one that was not yet sent.
     fn coalesced(&self) {}
+}
+
+/// What one attempt came to.
+pub type Attempt = Result<Step, Failure>;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    Done,
+    /// A part is done: the job goes on after those that wait.
+    Unfinished,
 }
 
 /// A failed attempt. The text holds no secret: it reaches logs and documents.
@@ -82,6 +92,7 @@ impl Failure {
 pub struct DispatcherSettings {
     pub workers_max: usize,
     pub concurrency_per_lane: usize,
+    pub concurrency_per_place: usize,
     /// None: no limit.
     pub per_second_per_lane: Option<NonZeroU32>,
     /// Tries after the first one, before the waiter is told.
@@ -100,7 +111,7 @@ pub enum DispatcherMsg<S> {
     Finished {
         worker: ActorId,
         entry: EntryId,
-        result: Result<(), Failure>,
+        result: Attempt,
     },
     /// From the timer.
     Wake,
@@ -206,7 +217,11 @@ impl<P: Perform> Actor for Dispatcher<P> {
         _myself: ActorRef<Self::Msg>,
         DispatcherArguments { perform, settings }: Self::Arguments,
     ) -> Result<Self::State, ActorProcessingErr> {
-        let limits = LaneLimits { concurrency: settings.concurrency_per_lane, per_second: settings.per_second_per_lane };
+        let limits = LaneLimits {
+            concurrency: settings.concurrency_per_lane,
+            per_second: settings.per_second_per_lane,
+            concurrency_per_place: settings.concurrency_per_place,
+        };
         let queue = Queue::new(limits, settings.workers_max);
         perform.level(0, 0);
         Ok(DispatcherState { perform, settings, queue, workers: HashMap::new(), idle: Vec::new(), timer: None })
@@ -266,13 +281,14 @@ impl<P: Perform> DispatcherState<P> {
         }
     }
 
-    fn worker_finished(&mut self, worker: ActorId, entry: EntryId, result: Result<(), Failure>) {
+    fn worker_finished(&mut self, worker: ActorId, entry: EntryId, result: Attempt) {
         // A worker that is no longer known has crashed since, and its job was given to another.
         let Some(hand) = self.workers.get_mut(&worker).filter(|hand| hand.job == Some(entry)) else { return };
         hand.job = None;
         self.idle.push(worker);
         let end = match result {
-            Ok(()) => End::Settled(Outcome::Done),
+            Ok(Step::Done) => End::Settled(Outcome::Done),
+            Ok(Step::Unfinished) => End::Unfinished,
             Err(failure) => {
                 let retries = self.queue.retries(entry);
                 tracing::debug!(pool = self.perform.pool(), retries, error = %failure.error, "attempt failed");
@@ -414,7 +430,7 @@ pub enum WorkerMsg<S> {
     /// From the task.
     Performed {
         entry: EntryId,
-        result: Result<(), Failure>,
+        result: Attempt,
     },
     /// From the task.
     Panicked(String),
@@ -563,7 +579,7 @@ mod tests {
     impl Perform for Scripted {
         type Spec = Call;
 
-        fn perform(&self, spec: Arc<Call>) -> BoxFuture<'static, Result<(), Failure>> {
+        fn perform(&self, spec: Arc<Call>) -> BoxFuture<'static, Attempt> {
             self.attempts.lock().expect("no panic under the lock").push((spec.name, Instant::now()));
             let act = self.script.lock().expect("no panic under the lock").get_mut(spec.name).and_then(VecDeque::pop_front);
             self.running.fetch_add(1, Ordering::SeqCst);
@@ -571,10 +587,10 @@ mod tests {
             Box::pin(async move {
                 let _running = running;
                 match act.unwrap_or(Act::Ok) {
-                    Act::Ok => Ok(()),
+                    Act::Ok => Ok(Step::Done),
                     Act::Slow(time) => {
                         tokio::time::sleep(time).await;
-                        Ok(())
+                        Ok(Step::Done)
                     }
                     Act::Fail(verdict) => Err(Failure::new("scripted", verdict)),
                     Act::Missing => Err(Failure::missing("no such database")),
@@ -600,6 +616,7 @@ mod tests {
         DispatcherSettings {
             workers_max: 4,
             concurrency_per_lane: 2,
+            concurrency_per_place: 100,
             per_second_per_lane: None,
             fast_retries: 3,
             backoff: Backoff::new(Duration::from_millis(100), Duration::from_secs(5)),

@@ -5,7 +5,7 @@
 
 mod metrics;
 
-pub use metrics::{ChildLabels, Metrics, OutcomeLabels, RequestLabels};
+pub use metrics::{ChildLabels, Metrics, OutcomeLabels, RequestLabels, StateLabels};
 
 use crate::config::{LogFormat, LogSettings};
 use std::io::{IsTerminal, Write};

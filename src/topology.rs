@@ -5,19 +5,22 @@
 
 pub mod replicator;
 pub mod states;
+pub mod status;
 
 use crate::checkpoints::Checkpoints;
 use crate::job::{Completion, DbName, Outcome, Piece, timestamp};
 use crate::replicate::native::NativeEngine;
-use crate::replicate::{Replication, Replicator as Runner};
+use crate::replicate::{Progress, Replication, Replicator as Runner};
 use crate::rules::catalogue::Snapshot;
 use crate::schedule::Pool;
 use crate::schedule::backoff::Backoff;
+use crate::telemetry::{Metrics, StateLabels};
 use crate::topology::replicator::Replicator;
 use crate::vault::Vault;
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use serde_json::Value;
 use states::{Action, Change, Id, Line, RunFailure, Saved, States};
+use status::{RunState, Status};
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -57,6 +60,8 @@ pub enum Message {
         saved: Option<Saved>,
     },
     Tick,
+    /// How many there are of each state is counted again.
+    Count,
     /// No new runs; what runs or waits becomes durable.
     Shutdown {
         done: oneshot::Sender<()>,
@@ -68,11 +73,10 @@ pub enum Message {
 
 impl ractor::Message for Message {}
 
-#[derive(Debug, Clone, Copy)]
-pub struct Status {
-    pub busy: usize,
-    pub backing_off: usize,
-}
+/// So many replicators are told of by name.
+const STATUS_DOCS_MAX: usize = 100;
+/// The states are counted from end to end, no more often than this: there may be a hundred thousand.
+const COUNT_EACH: Duration = Duration::from_secs(5);
 
 pub struct Topology;
 
@@ -86,6 +90,7 @@ pub struct Arguments {
     /// The watched server, and its host and port: a replicator whose source is elsewhere is polled.
     pub local_url: url::Url,
     pub local_host: String,
+    pub metrics: Arc<Metrics>,
 }
 
 pub struct State {
@@ -94,6 +99,7 @@ pub struct State {
     /// Writes for one document go one after the other, each with the revision that the one before left.
     saves: HashMap<Id, VecDeque<(Change, Vec<Piece>)>>,
     timer: Option<(SystemTime, AbortHandle)>,
+    count_timer: Option<AbortHandle>,
     followers: [AbortHandle; 2],
     stopping: bool,
 }
@@ -102,6 +108,9 @@ impl Drop for State {
     fn drop(&mut self) {
         self.followers.iter().for_each(AbortHandle::abort);
         if let Some((_, timer)) = self.timer.take() {
+            timer.abort();
+        }
+        if let Some(timer) = self.count_timer.take() {
             timer.abort();
         }
     }
@@ -119,7 +128,8 @@ impl Actor for Topology {
         let again = tokio::spawn({
             let myself = myself.clone();
             async move {
-                while let Some(id) = native.again().await {
+                loop {
+                    let id = native.again().await;
                     if myself.cast(Message::RunAgain { id }).is_err() {
                         return;
                     }
@@ -134,12 +144,14 @@ impl Actor for Topology {
             }
         });
         let followers = [follower.abort_handle(), again.abort_handle()];
-        Ok(State { arguments, states: States::default(), saves: HashMap::new(), timer: None, followers, stopping: false })
+        let (states, saves) = (States::default(), HashMap::new());
+        Ok(State { arguments, states, saves, timer: None, count_timer: None, followers, stopping: false })
     }
 
     async fn handle(&self, myself: ActorRef<Message>, message: Message, state: &mut State) -> Result<(), ActorProcessingErr> {
         let now = SystemTime::now();
         let snapshot = state.arguments.snapshot.borrow().clone();
+        let mut is_news = true;
         let actions = match message {
             Message::Documents if snapshot.is_loaded() => state.states.documents(snapshot.replicators()),
             Message::Documents => Vec::new(),
@@ -193,7 +205,15 @@ impl Actor for Topology {
                 state.states.spill_all(|| pieces.next())
             }
             Message::Status { reply } => {
-                let _ = reply.send(Status { busy: state.states.busy(), backing_off: state.states.backing_off() });
+                // Whoever asked may have given up waiting.
+                let _ = reply.send(state.states.status(snapshot.invalid_replicators(), STATUS_DOCS_MAX));
+                is_news = false;
+                Vec::new()
+            }
+            Message::Count => {
+                state.count_timer = None;
+                // Of a run's beginning nobody tells.
+                is_news = state.count(&snapshot) > 0;
                 Vec::new()
             }
         };
@@ -201,6 +221,9 @@ impl Actor for Topology {
             state.perform(&myself, action);
         }
         state.set_timer(&myself, now);
+        if is_news {
+            state.set_count_timer(&myself);
+        }
         Ok(())
     }
 
@@ -246,12 +269,12 @@ impl State {
         }
     }
 
-    fn start(&self, myself: &ActorRef<Message>, id: Id) {
+    fn start(&mut self, myself: &ActorRef<Message>, id: Id) {
         // What does not run any more is durable, or still owed by the feed.
         if self.stopping {
             return;
         }
-        let Some(replicator) = self.states.replicator(&id) else { return };
+        let Some(replicator) = self.states.replicator(&id).cloned() else { return };
         let ended = {
             let (myself, id) = (myself.clone(), id.clone());
             move |result| drop(myself.cast(Message::RunEnded { id, result }))
@@ -260,6 +283,8 @@ impl State {
             Ok(params) => params,
             Err(error) => return ended(Err(RunFailure { error: error.to_string(), missing: false, after: None })),
         };
+        let progress = Arc::new(Progress::default());
+        self.states.asked_for(&id, progress.clone());
         let replication = Replication {
             replicator_id: id,
             params,
@@ -267,7 +292,9 @@ impl State {
             target: replicator.target.to_string(),
             lane: replicator.lane(),
             engine: replicator.engine,
-            is_bidirectional: self.goes_both_ways(replicator),
+            priority: replicator.priority,
+            is_bidirectional: self.goes_both_ways(&replicator),
+            progress,
         };
         let outcome = self.arguments.pool.run(replication);
         tokio::spawn(async move {
@@ -364,6 +391,27 @@ impl State {
                 tracing::warn!(%id, source, target, error, retry_in_ms = retry_in.as_millis(), "replication failed, backing off");
             }
             Line::Recovered { failures } => tracing::info!(%id, source, target, failures, "replication works again"),
+        }
+    }
+
+    /// How many are under way or wait for their turn.
+    fn count(&self, snapshot: &Snapshot) -> usize {
+        let counts = self.states.counts(snapshot.invalid_replicators());
+        for state in RunState::ALL {
+            let gauge = self.arguments.metrics.replicators.get_or_create(&StateLabels { state: state.name() }).clone();
+            gauge.set(i64::try_from(counts.of(state)).unwrap_or(i64::MAX));
+        }
+        [RunState::Running, RunState::Pending, RunState::Initializing].map(|state| counts.of(state)).iter().sum()
+    }
+
+    fn set_count_timer(&mut self, myself: &ActorRef<Message>) {
+        if self.count_timer.is_none() {
+            let myself = myself.clone();
+            let timer = tokio::spawn(async move {
+                tokio::time::sleep(COUNT_EACH).await;
+                let _ = myself.cast(Message::Count);
+            });
+            self.count_timer = Some(timer.abort_handle());
         }
     }
 

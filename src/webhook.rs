@@ -13,7 +13,7 @@ pub use request::WebhookRequest;
 
 use crate::config::WebhookSettings;
 use crate::job::{DbName, Verdict};
-use crate::schedule::{Backoff, Dispatcher, DispatcherSettings, Failure, Perform, Spec, Worker};
+use crate::schedule::{Attempt, Backoff, Dispatcher, DispatcherSettings, Failure, Perform, Spec, Step, Worker};
 use crate::telemetry::{Metrics, OutcomeLabels};
 use crate::vault::Credentials;
 use anyhow::Context;
@@ -85,6 +85,7 @@ impl From<&WebhookSettings> for DispatcherSettings {
         Self {
             workers_max: settings.concurrency,
             concurrency_per_lane: settings.concurrency_per_host,
+            concurrency_per_place: settings.concurrency_per_host,
             per_second_per_lane: settings.per_second_per_host,
             fast_retries: settings.fast_retries,
             backoff: Backoff::new(settings.retry_base, settings.retry_cap),
@@ -117,7 +118,7 @@ impl HttpSender {
 impl Perform for HttpSender {
     type Spec = Delivery;
 
-    fn perform(&self, delivery: Arc<Delivery>) -> BoxFuture<'static, Result<(), Failure>> {
+    fn perform(&self, delivery: Arc<Delivery>) -> BoxFuture<'static, Attempt> {
         let (client, metrics) = (self.client.clone(), self.metrics.clone());
         Box::pin(async move {
             let started = Instant::now();
@@ -125,7 +126,7 @@ impl Perform for HttpSender {
             metrics.webhook_duration_seconds.observe(started.elapsed().as_secs_f64());
             let outcome = result.as_ref().map_or_else(|unsent| unsent.outcome, |()| "delivered");
             metrics.webhook_deliveries.get_or_create(&OutcomeLabels { outcome }).inc();
-            result.map_err(|undelivered| undelivered.failure)
+            result.map(|()| Step::Done).map_err(|undelivered| undelivered.failure)
         })
     }
 
@@ -336,7 +337,7 @@ mod tests {
         metrics.webhook_deliveries.get_or_create(&OutcomeLabels { outcome }).get()
     }
 
-    async fn perform(delivery: Delivery, settings: &WebhookSettings) -> (Result<(), Failure>, Arc<Metrics>) {
+    async fn perform(delivery: Delivery, settings: &WebhookSettings) -> (Attempt, Arc<Metrics>) {
         let metrics = Metrics::new();
         let sender = HttpSender::new(settings, metrics.clone()).expect("a client");
         (sender.perform(Arc::new(delivery)).await, metrics)
@@ -348,11 +349,11 @@ mod tests {
         let mut with_body = delivery(address, "/ok?a=b");
         with_body.request.credentials = credentials();
         let (result, metrics) = perform(with_body, &settings()).await;
-        assert_eq!(result, Ok(()));
+        assert_eq!(result, Ok(Step::Done));
         assert_eq!(count(&metrics, "delivered"), 1);
         let mut without_body = delivery(address, "/ok");
         (without_body.request.method, without_body.request.body) = (http::Method::GET, None);
-        assert_eq!(perform(without_body, &settings()).await.0, Ok(()));
+        assert_eq!(perform(without_body, &settings()).await.0, Ok(Step::Done));
 
         let seen = seen.lock().expect("no panic under the lock");
         let (method, path, headers, body, _) = &seen[0];
@@ -427,8 +428,8 @@ mod tests {
     async fn an_answer_without_end_is_read_only_so_far() {
         let (address, _) = server().await;
         let started = std::time::Instant::now();
-        assert_eq!(perform(delivery(address, "/endless"), &settings()).await.0, Ok(()));
-        assert_eq!(perform(delivery(address, "/stuck"), &settings()).await.0, Ok(()), "2xx is a delivery");
+        assert_eq!(perform(delivery(address, "/endless"), &settings()).await.0, Ok(Step::Done));
+        assert_eq!(perform(delivery(address, "/stuck"), &settings()).await.0, Ok(Step::Done), "2xx is a delivery");
         let failure = perform(delivery(address, "/endless-error"), &settings()).await.0.expect_err("500");
         assert_eq!(failure.error.len(), "answered 500: ".len() + EXCERPT_CHARS_MAX);
         assert!(started.elapsed() < Duration::from_secs(4), "bounded well below the timeout");

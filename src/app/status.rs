@@ -2,8 +2,11 @@
 
 use super::World;
 use crate::admin::AdminState;
+use crate::topology;
 use serde_json::{Value, json};
 use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::oneshot;
 
 pub(super) fn admin_state(world: &Arc<World>) -> AdminState {
     let (for_ready, for_status) = (world.clone(), world.clone());
@@ -12,7 +15,7 @@ pub(super) fn admin_state(world: &Arc<World>) -> AdminState {
         ready: Arc::new(move || ready(&for_ready)),
         status: Arc::new(move || {
             let world = for_status.clone();
-            Box::pin(async move { status(&world) })
+            Box::pin(async move { status(&world, replicators(&world).await) })
         }),
     }
 }
@@ -27,7 +30,18 @@ fn ready(world: &World) -> Result<(), String> {
     }
 }
 
-fn status(world: &World) -> Value {
+/// A topology that is busy for so long is not waited for: the rest of the page says why.
+const TOPOLOGY_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// None where the topology is being rebuilt.
+async fn replicators(world: &World) -> Option<topology::status::Status> {
+    let topology = world.topology.borrow().clone()?;
+    let (reply, answer) = oneshot::channel();
+    topology.cast(topology::Message::Status { reply }).ok()?;
+    tokio::time::timeout(TOPOLOGY_TIMEOUT, answer).await.ok()?.ok()
+}
+
+fn status(world: &World, replicators: Option<topology::status::Status>) -> Value {
     let snapshot = world.publish.borrow().clone();
     let metrics = &world.metrics;
     let (pending, watermark) = {
@@ -51,6 +65,8 @@ fn status(world: &World) -> Value {
             "valid": snapshot.replicators().len(),
             "running": metrics.replications_running.get(),
             "queued": metrics.replications_queued.get(),
+            "states": replicators.as_ref().map(|status| status.states_json()),
+            "docs": replicators.as_ref().map(|status| status.docs_json()),
         },
         "webhooks": { "in_flight": metrics.webhook_in_flight.get(), "queued": metrics.webhook_queued.get() },
         "invalid_documents": metrics.invalid_documents.get(),

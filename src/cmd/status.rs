@@ -1,15 +1,22 @@
 //! `spiegel status`: what the running process says of itself; without one, what the spiegel database tells.
 
+mod replicators;
+
 use super::documents::Census;
 use super::healthcheck::ask;
 use super::{Exit, Failure, couch, run, say};
 use crate::config::Settings;
 use serde_json::Value;
 
-pub(super) async fn command(settings: &Settings) -> Result<Exit, Failure> {
+pub(super) async fn command(settings: &Settings, all: bool) -> Result<Exit, Failure> {
     match running_process(settings).await {
-        Ok(status) => {
+        Ok(mut status) => {
+            let table = replicators::take_table(&mut status, all);
             readable(&status).iter().for_each(|line| say(line));
+            if !table.is_empty() {
+                say("");
+                table.iter().for_each(|line| say(line));
+            }
             Ok(Exit::Done)
         }
         Err(why) => {

@@ -87,6 +87,8 @@ impl Reader {
                 engine: self.engine(),
                 concurrency: self.size("replication.concurrency", 1..=CONCURRENCY_MAX),
                 concurrency_per_host: self.size_within("replication.concurrency_per_host", "replication.concurrency"),
+                concurrency_per_target: self
+                    .size_within("replication.concurrency_per_target", "replication.concurrency_per_host"),
                 per_second_per_host: self.rate("replication.per_second_per_host"),
                 timeout: self.duration("replication.timeout", MOMENT..=YEAR),
                 requests_per_host: self.size("replication.requests_per_host", 2..=CONCURRENCY_MAX),

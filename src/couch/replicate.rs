@@ -19,6 +19,10 @@ pub struct ReplicateAnswer {
 #[derive(Debug, Clone, Default, Deserialize)]
 pub struct ReplicationHistory {
     #[serde(default)]
+    pub missing_checked: u64,
+    #[serde(default)]
+    pub missing_found: u64,
+    #[serde(default)]
     pub docs_read: u64,
     #[serde(default)]
     pub docs_written: u64,

@@ -1,7 +1,7 @@
 //! What a database owes, written into CouchDB: that there is work, or that the database is missing.
 
 use crate::couch::{CouchError, WriteResult};
-use crate::db::{Shared, listen};
+use crate::db::{Shared, known, listen};
 use crate::job::{DbName, timestamp};
 use crate::topology;
 use serde_json::Value;
@@ -22,6 +22,7 @@ async fn mark_dirty(shared: &Shared, db: &DbName) -> bool {
     // Written even where it says so already: the run under way must not take this for what it started with.
     let marked = shared.tools.checkpoints.update(&id, |doc| {
         doc["dirty"] = Value::Bool(true);
+        doc.as_object_mut().map(known::forget);
         true
     });
     match marked.await {
@@ -59,6 +60,7 @@ pub async fn forget_missing(shared: &Shared, db: &DbName) -> Missing {
         let Some(since) = since else {
             doc["possibly_deleted_at"] = Value::from(timestamp(now));
             doc["dirty"] = Value::Bool(false);
+            doc.as_object_mut().map(known::forget);
             return true;
         };
         if now.duration_since(since).unwrap_or_default() >= shared.settings.assume_deleted_after {

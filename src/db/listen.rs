@@ -4,9 +4,11 @@
 //! most. The next page is read meanwhile.
 
 use crate::checkpoints::Checkpoints;
+use crate::couch::fingerprint::Fingerprint;
 use crate::couch::{Changes, ChangesQuery, Couch, CouchError, Seq, WriteResult};
 use crate::db::Instance;
 use crate::db::deliver::{Addressee, Delivered, RuleFailure, deliver};
+use crate::db::known;
 use crate::db::positions::{Positions, RuleId, RuleStart, hold_until};
 use crate::db::rule_health::RuleHealth;
 use crate::job::{DbName, timestamp};
@@ -56,6 +58,8 @@ pub struct Listener {
     instance_start_time: Option<String>,
     /// A row told that the database was made or deleted, perhaps long ago.
     is_instance_unsure: bool,
+    /// What a sweep read of the database before this run.
+    seen: Option<Fingerprint>,
 }
 
 /// The page after the one that is being delivered.
@@ -97,6 +101,7 @@ impl Listener {
             rule_revs: revs(rules),
             instance_start_time: instance,
             is_instance_unsure: false,
+            seen: None,
         })
     }
 
@@ -136,8 +141,10 @@ impl Listener {
         self.rule_revs.retain(|id, _| rules.iter().any(|rule| rule.id == *id));
     }
 
-    /// Reads, delivers and saves until everything that was there at the first read is through, or held back.
-    pub async fn listen(&mut self, tools: &Tools, rules: &[Arc<Rule>]) -> Result<(), ListenError> {
+    /// Reads, delivers and saves until everything that was there at the first read is through, or held back. `seen` is what the
+    /// database looked like before that, where somebody knows.
+    pub async fn listen(&mut self, tools: &Tools, rules: &[Arc<Rule>], seen: Option<Fingerprint>) -> Result<(), ListenError> {
+        self.seen = seen;
         self.sync(rules);
         let was_dirty = self.doc.as_ref().is_some_and(|doc| doc["dirty"] != Value::Bool(false));
         self.positions.begin_run();
@@ -293,6 +300,7 @@ impl Listener {
                 WriteResult::Conflict => {
                     // Somebody wrote since the run started, perhaps that there is more work.
                     settles_dirty = false;
+                    self.seen = None;
                     let current = tools.checkpoints.load(self.id.clone()).await;
                     self.doc = current.map_err(|gone| ListenError::Unsaved(gone.to_string()))?;
                 }
@@ -311,6 +319,10 @@ impl Listener {
         doc.insert(String::from("db_name"), Value::from(&*self.db));
         if settles_dirty || !doc.contains_key("dirty") {
             doc.insert(String::from("dirty"), Value::Bool(false));
+        }
+        match (&self.seen, self.positions.complete()) {
+            (Some(seen), Some(last_seq)) if doc["dirty"] == Value::Bool(false) => known::store(&mut doc, seen, last_seq),
+            _ => known::forget(&mut doc),
         }
         if doc.contains_key("possibly_deleted_at") {
             doc.insert(String::from("possibly_deleted_at"), Value::Null);

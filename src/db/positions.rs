@@ -297,6 +297,14 @@ impl Positions {
         self.groups.iter().filter(|group| group.hold.is_some()).flat_map(|group| group.rules.iter().cloned()).collect()
     }
 
+    /// The position at which every rule has all that this run read; None where one was left behind.
+    pub fn complete(&self) -> Option<&Seq> {
+        match self.groups.as_slice() {
+            [group] if group.hold.is_none() && group.at_end.is_some() && group.since == self.base => self.base.as_ref(),
+            _ => None,
+        }
+    }
+
     /// True while there is something that would be lost, and repeated, by forgetting this and loading it again.
     pub fn remembers_deliveries(&self) -> bool {
         self.groups.iter().any(|group| !group.delivered.is_empty())
@@ -363,7 +371,7 @@ fn is_now(seq: &Seq) -> bool {
     matches!(seq, Seq::Text(text) if text.as_ref() == "now")
 }
 
-fn to_seq(value: &Value) -> Option<Seq> {
+pub(super) fn to_seq(value: &Value) -> Option<Seq> {
     match value {
         Value::Number(number) => number.as_u64().map(Seq::Number),
         Value::String(text) => Some(Seq::from(text.as_str())),
@@ -390,6 +398,7 @@ pub fn hold_until(now: SystemTime, delay: Duration, asked: Option<Duration>) -> 
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn rule(id: &str) -> RuleStart {
         RuleStart { id: id.into(), since: None }
@@ -553,6 +562,96 @@ mod tests {
         {
             let positions = Positions::load(Some(&doc), &[rule("a")]);
             assert_eq!(positions.group(0).since, None, "{doc}");
+        }
+    }
+
+    #[test]
+    fn only_the_end_of_a_run_that_left_nobody_behind_is_complete() {
+        let rules = [rule("a"), rule("b")];
+        let mut positions = Positions::load(Some(&json!({ "last_seq": "0" })), &rules);
+        positions.begin_run();
+        assert_eq!(positions.complete(), None, "nothing was read");
+        positions.page_done(0, page(&["1"], false), LATER);
+        assert_eq!(positions.complete(), None, "there are more rows");
+        positions.page_done(0, page(&["2"], true), LATER);
+        assert_eq!(positions.complete(), Some(&Seq::from("2")));
+        positions.begin_run();
+        assert_eq!(positions.complete(), None, "what came since then was not read");
+        positions.page_done(0, failing(page(&["3"], true), "b", 0), LATER);
+        assert_eq!(positions.complete(), None, "b is held back");
+
+        let mut positions = Positions::load(Some(&json!({ "last_seq": "0" })), &rules);
+        positions.begin_run();
+        positions.page_done(0, PageOutcome { blocked_at: Some(0), ..page(&["1"], true) }, LATER);
+        assert_eq!(positions.complete(), None, "everybody waits");
+    }
+
+    proptest! {
+        /// A document that was complete when it was written has no rule that would miss a row of the time before its run.
+        #[test]
+        fn nothing_is_left_behind_a_complete_position(
+            had in 0usize..12,
+            limit in 1usize..5,
+            writes in prop::collection::vec(0usize..3, 30),
+            fates in prop::collection::vec((0u8..6, 0usize..5), 30),
+            runs in 1usize..4,
+            owns in any::<bool>(),
+        ) {
+            let own = RuleStart { id: "own".into(), since: owns.then(Seq::zero) };
+            let starts = [rule("a"), rule("b"), own];
+            let (mut rows, mut doc) = (had as u64, json!({ "last_seq": 0 }));
+            let mut delivered: BTreeMap<RuleId, BTreeSet<u64>> = starts.iter().map(|rule| (rule.id.clone(), BTreeSet::new())).collect();
+            let mut fates = fates.into_iter().cycle();
+            let mut writes = writes.into_iter().cycle();
+            for _ in 0..runs {
+                let mut positions = Positions::load(Some(&doc), &starts);
+                positions.begin_run();
+                let before = rows;
+                for _ in 0..60 {
+                    // Whoever is held back may try again.
+                    let Some(index) = positions.next_read(SystemTime::UNIX_EPOCH + Duration::from_secs(1)) else { break };
+                    let group = positions.group(index).clone();
+                    let Some(Seq::Number(since)) = group.since.clone() else { return Err(TestCaseError::fail("no number")) };
+                    let read: Vec<u64> = (since + 1..=rows).take(limit).collect();
+                    let last = read.last().copied().unwrap_or(since);
+                    let mut outcome = PageOutcome {
+                        row_seqs: read.iter().copied().map(Seq::Number).collect(),
+                        last_seq: Some(Seq::Number(last)),
+                        pending: rows - last,
+                        ..PageOutcome::default()
+                    };
+                    let (fate, at) = fates.next().unwrap_or_default();
+                    let mut until = vec![read.len(); group.rules.len()];
+                    if at < read.len() {
+                        match fate {
+                            0 => { until.fill(at); outcome.blocked_at = Some(at); }
+                            1 | 2 => {
+                                let unlucky = usize::from(fate) % group.rules.len();
+                                until[unlucky] = at;
+                                outcome.failed.insert(group.rules.iter().nth(unlucky).unwrap().clone(), at);
+                            }
+                            _ => {}
+                        }
+                    }
+                    for (rule, until) in group.rules.iter().zip(until) {
+                        delivered.get_mut(rule).unwrap().extend(&read[..until]);
+                    }
+                    let retry = if fate % 2 == 0 { SystemTime::UNIX_EPOCH } else { LATER(0) };
+                    positions.page_done(index, outcome, |_| retry);
+                    let mut stored = Map::new();
+                    positions.store(&mut stored);
+                    doc = Value::Object(stored);
+                    if let Some(last_seq) = positions.complete() {
+                        for (rule, rows) in &delivered {
+                            prop_assert!((1..=before).all(|row| rows.contains(&row)), "{rule} lacks some of {before}: {rows:?}");
+                        }
+                        prop_assert!(doc["dirty_at"].is_null(), "{doc}");
+                        let again = Positions::load(Some(&doc), &starts);
+                        prop_assert!(again.groups.len() == 1 && again.group(0).since.as_ref() == Some(last_seq), "{doc}");
+                    }
+                    rows += writes.next().unwrap_or_default() as u64;
+                }
+            }
         }
     }
 

@@ -93,8 +93,9 @@ fn find(text: &[u8], wanted: &[u8], from: usize) -> Option<usize> {
 
 fn file_name(head: &str) -> Option<String> {
     let line = head.lines().find(|line| line.to_ascii_lowercase().starts_with("content-disposition:"))?;
-    let name = line.split("filename=\"").nth(1)?.split('"').next()?;
-    Some(name.to_string())
+    let (_, name) = line.split_once("filename=\"")?;
+    // As CouchDB writes it: a quote within the name is not escaped.
+    Some(name.rsplit_once('"')?.0.to_string())
 }
 
 /// A document and the attachments that its text announces; those that are kept compressed go as they are.

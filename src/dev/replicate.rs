@@ -294,7 +294,7 @@ impl Rule {
     fn parse(asked: &Value) -> Self {
         let ids = asked.get("doc_ids").and_then(Value::as_array);
         Self {
-            doc_ids: ids.map(|ids| ids.iter().filter_map(Value::as_str).map(String::from).collect()),
+            doc_ids: ids.map(|ids| ids.iter().filter_map(Value::as_str).map(unquoted).collect()),
             selector: asked.get("selector").cloned(),
             winners_only: asked.get("winning_revs_only") == Some(&Value::Bool(true)),
             since: asked.get("since_seq").cloned().unwrap_or(json!(0)),
@@ -320,6 +320,11 @@ impl Rule {
             timeout: Duration::ZERO,
         })
     }
+}
+
+/// CouchDB takes the ids as a URL would have them.
+fn unquoted(id: &str) -> String {
+    percent_encoding::percent_decode_str(&id.replace('+', " ")).decode_utf8_lossy().into_owned()
 }
 
 #[derive(Default)]

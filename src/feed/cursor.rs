@@ -6,6 +6,7 @@
 //! It outlives the actors on both sides, so their death costs nothing.
 
 use crate::couch::Seq;
+use crate::couch::fingerprint::Fingerprint;
 use crate::job::{Claim, DbName, Debts};
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard};
@@ -19,16 +20,16 @@ struct Entry {
     seq_before: Option<Seq>,
     since: Instant,
     /// What the sweep read of the database before it owed this.
-    fingerprint: Option<u64>,
+    fingerprint: Option<Fingerprint>,
 }
 
 impl Entry {
-    fn merged(self, other: Option<Entry>) -> Entry {
+    fn merged(mut self, other: Option<Entry>) -> Entry {
         match other {
             None => self,
-            Some(other) => {
+            Some(mut other) => {
                 // The newer reading may tell of more than the older run will cover, never the other way round.
-                let fingerprint = self.fingerprint.or(other.fingerprint);
+                let fingerprint = self.fingerprint.take().or(other.fingerprint.take());
                 let first = if self.first_ordinal <= other.first_ordinal { self } else { other };
                 Entry { fingerprint, ..first }
             }
@@ -49,7 +50,7 @@ pub struct Cursor {
     last_seen: Option<Seq>,
     ordinals: u64,
     claims: u64,
-    /// The fingerprint that was read before work which has since been confirmed.
+    /// The digest of the fingerprint that was read before work which has since been confirmed.
     confirmed: HashMap<DbName, u64>,
     /// Something happened since the watermark was last asked for that makes it worth saving.
     news: bool,
@@ -79,17 +80,17 @@ impl Cursor {
     }
 
     /// Work that no row told of: a sweep's find, a rule's first pass.
-    pub fn owe(&mut self, db: &DbName, fingerprint: Option<u64>, now: Instant) -> bool {
+    pub fn owe(&mut self, db: &DbName, fingerprint: Option<Fingerprint>, now: Instant) -> bool {
         self.ordinals += 1;
-        let entry = Entry { first_ordinal: self.ordinals, seq_before: self.last_seen.clone(), since: now, fingerprint };
         let debt = self.debts.entry(db.clone()).or_default();
         match &mut debt.owed {
             Some(owed) => {
-                owed.fingerprint = fingerprint.or(owed.fingerprint);
+                owed.fingerprint = fingerprint.or(owed.fingerprint.take());
                 false
             }
             None => {
-                debt.owed = Some(entry);
+                let seq_before = self.last_seen.clone();
+                debt.owed = Some(Entry { first_ordinal: self.ordinals, seq_before, since: now, fingerprint });
                 true
             }
         }
@@ -106,11 +107,16 @@ impl Cursor {
         claim
     }
 
+    pub fn fingerprint(&self, db: &DbName, claim: Claim) -> Option<Fingerprint> {
+        let (_, entry) = self.debts.get(db)?.claimed.iter().find(|(other, _)| *other == claim)?;
+        entry.fingerprint.clone()
+    }
+
     pub fn settle(&mut self, db: &DbName, claim: Claim) {
         if let Some(entry) = self.take(db, claim)
             && let Some(fingerprint) = entry.fingerprint
         {
-            self.confirmed.insert(db.clone(), fingerprint);
+            self.confirm(db, &fingerprint);
         }
     }
 
@@ -190,8 +196,14 @@ impl Cursor {
         self.news |= is_unsaved;
     }
 
-    pub fn confirmed_fingerprint(&self, db: &str) -> Option<u64> {
-        self.confirmed.get(db).copied()
+    /// All work up to the state that looks so is done.
+    pub fn confirm(&mut self, db: &DbName, fingerprint: &Fingerprint) {
+        self.confirmed.insert(db.clone(), fingerprint.digest());
+    }
+
+    /// Whether the database looks as it did before work that has since been confirmed; None where that is not known.
+    pub fn is_confirmed(&self, db: &str, fingerprint: &Fingerprint) -> Option<bool> {
+        self.confirmed.get(db).map(|digest| *digest == fingerprint.digest())
     }
 
     /// Actors were rebuilt: what they had asked for or confirmed is not certain.
@@ -243,6 +255,10 @@ impl Debts for Ledger {
         self.cursor().claim(db)
     }
 
+    fn fingerprint(&self, db: &DbName, claim: Claim) -> Option<Fingerprint> {
+        self.cursor().fingerprint(db, claim)
+    }
+
     fn settle(&self, db: &DbName, claim: Claim) {
         self.cursor().settle(db, claim);
         self.settled.notify_waiters();
@@ -265,6 +281,7 @@ impl Debts for Ledger {
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 mod tests {
     use super::*;
+    use crate::couch::docs::DbInfo;
     use proptest::prelude::*;
 
     fn seq(n: u64) -> Seq {
@@ -273,6 +290,15 @@ mod tests {
 
     fn db(name: &str) -> DbName {
         name.into()
+    }
+
+    fn looks(number: u64) -> Fingerprint {
+        Fingerprint::of(&DbInfo {
+            update_seq: seq(number),
+            doc_count: 0,
+            doc_del_count: 0,
+            instance_start_time: String::from("1"),
+        })
     }
 
     #[test]
@@ -341,12 +367,33 @@ mod tests {
     fn a_fingerprint_is_confirmed_by_the_work_that_came_after_it() {
         let now = Instant::now();
         let mut cursor = Cursor::default();
-        cursor.owe(&db("a"), Some(7), now);
-        assert_eq!(cursor.confirmed_fingerprint("a"), None);
+        cursor.owe(&db("a"), Some(looks(7)), now);
+        assert_eq!(cursor.is_confirmed("a", &looks(7)), None);
         let claim = cursor.claim(&db("a"));
-        cursor.owe(&db("a"), Some(8), now);
+        cursor.owe(&db("a"), Some(looks(8)), now);
+        assert_eq!(cursor.fingerprint(&db("a"), claim), Some(looks(7)), "what came later is the next run's");
         cursor.settle(&db("a"), claim);
-        assert_eq!(cursor.confirmed_fingerprint("a"), Some(7));
+        assert_eq!(cursor.fingerprint(&db("a"), claim), None);
+        assert_eq!(cursor.is_confirmed("a", &looks(7)), Some(true));
+        assert_eq!(cursor.is_confirmed("a", &looks(8)), Some(false));
+    }
+
+    #[test]
+    fn a_run_knows_the_oldest_fingerprint_that_it_must_cover() {
+        let now = Instant::now();
+        let mut cursor = Cursor::default();
+        cursor.row(seq(1), Some(&db("a")), now);
+        let by_the_feed = cursor.claim(&db("a"));
+        assert_eq!(cursor.fingerprint(&db("a"), by_the_feed), None);
+        cursor.settle(&db("a"), by_the_feed);
+
+        cursor.owe(&db("a"), Some(looks(7)), now);
+        let failed = cursor.claim(&db("a"));
+        cursor.owe(&db("a"), Some(looks(8)), now);
+        cursor.row(seq(2), Some(&db("a")), now);
+        cursor.release(&db("a"), failed);
+        let both = cursor.claim(&db("a"));
+        assert_eq!(cursor.fingerprint(&db("a"), both), Some(looks(7)));
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! The document `global_lastSeq`: how far the feed was worked off, as the original keeps it.
 //!
-//! Three fields are ours: `swept_at`, when the last sweep ended, `swept_rules`, for which rules, and `clean_stop`, true only between a clean stop and the next
-//! start, so that a start after a crash sweeps.
+//! Four fields are ours: `swept_at`, when the last sweep ended, `swept_rules`, for which rules, `sweeps_trusting`, how many ended
+//! since one asked all databases, and `clean_stop`, true only between a clean stop and the next start, so that a start after a
+//! crash sweeps.
 
 use crate::checkpoints::{Checkpoints, UpdateError};
 use crate::couch::{Seq, WriteResult};
@@ -16,6 +17,8 @@ pub struct Swept {
     pub at: SystemTime,
     /// Of the rules that it swept for: a rule that is new has never looked at its databases.
     pub rules: String,
+    /// How many of them ended since one hinted every database.
+    pub trusting: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,6 +41,11 @@ impl Watermark {
     /// A document without a value counts as none.
     pub fn value(&self) -> Option<Seq> {
         self.doc.as_ref().and_then(|doc| serde_json::from_value(doc["value"].clone()).ok())
+    }
+
+    /// How many sweeps ended since one hinted every database.
+    pub fn sweeps_trusting(&self) -> u64 {
+        self.doc.as_ref().and_then(|doc| doc["sweeps_trusting"].as_u64()).unwrap_or(0)
     }
 
     /// True where nothing can have been missed since the last sweep but what the feed will tell.
@@ -66,6 +74,7 @@ impl Watermark {
             if let Some(swept) = &swept {
                 doc["swept_at"] = Value::from(humantime::format_rfc3339_seconds(swept.at).to_string());
                 doc["swept_rules"] = Value::from(swept.rules.as_str());
+                doc["sweeps_trusting"] = Value::from(swept.trusting);
             }
             doc["clean_stop"] = Value::Bool(clean_stop);
             // The last word cannot wait for another write; there will be none.
@@ -108,6 +117,18 @@ mod tests {
             assert_eq!(watermark.can_skip_sweep(now, Duration::from_secs(3600), "r"), expected, "{doc}");
         }
         assert!(!Watermark::default().can_skip_sweep(now, Duration::from_secs(3600), "r"));
+    }
+
+    #[test]
+    fn sweeps_that_nobody_counted_are_none() {
+        for (doc, expected) in [
+            (json!({ "sweeps_trusting": 5 }), 5),
+            (json!({ "sweeps_trusting": -5 }), 0),
+            (json!({ "sweeps_trusting": "5" }), 0),
+            (json!({}), 0),
+        ] {
+            assert_eq!(Watermark { doc: Some(doc.clone()) }.sweeps_trusting(), expected, "{doc}");
+        }
     }
 
     #[test]

@@ -7,10 +7,13 @@ use super::{Engine, ReplicateError, Replication, Report};
 use crate::couch::replicate::ReplicateAnswer;
 use crate::couch::{Couch, CouchError};
 use crate::job::Verdict;
+use crate::vault::split_credentials;
 use futures_util::future::BoxFuture;
+use serde_json::{Value, json};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::Semaphore;
+use url::Url;
 
 pub struct CouchEngine {
     couch: Couch,
@@ -33,13 +36,14 @@ impl Engine for CouchEngine {
         let (couch, timeout, places) = (self.couch.clone(), self.timeout, self.places.clone());
         Box::pin(async move {
             let _place = places.acquire_owned().await;
+            let params = for_couchdb(&spec.params);
             loop {
                 // Without CouchDB no run is possible, and none has failed: it is waited for, as everywhere.
                 couch.health().up().await;
                 let answer = tokio::select! {
                     biased;
                     () = couch.health().down() => continue,
-                    answer = tokio::time::timeout(timeout, couch.replicate(&spec.params)) => answer,
+                    answer = tokio::time::timeout(timeout, couch.replicate(&params)) => answer,
                 };
                 let error = match answer {
                     Ok(Ok(answer)) if answer.ok => return Ok(report(&answer)),
@@ -60,6 +64,34 @@ impl Engine for CouchEngine {
             }
         })
     }
+}
+
+/// CouchDB 3.5 does not decode a URL's user and password: where they had to be encoded they go in a header.
+fn for_couchdb(params: &Value) -> Value {
+    let mut params = params.clone();
+    for side in ["source", "target"] {
+        let Some(text) = params.get(side).and_then(|side| side.as_str().or_else(|| side["url"].as_str())) else { continue };
+        let Ok(url) = Url::parse(text) else { continue };
+        if !format!("{}{}", url.username(), url.password().unwrap_or_default()).contains('%') {
+            continue;
+        }
+        let (url, Some(credentials)) = split_credentials(url) else { continue };
+        let header = credentials.basic_header();
+        // What CouchDB would refuse anyway stays as it is, for its own words.
+        if params[side].get("headers").is_some_and(|headers| !headers.is_object()) {
+            continue;
+        }
+        let mut object = match &params[side] {
+            Value::Object(object) => Value::Object(object.clone()),
+            _ => json!({}),
+        };
+        object["url"] = Value::from(url.as_str());
+        if object["headers"]["Authorization"].is_null() {
+            object["headers"]["Authorization"] = Value::from(header.to_str().unwrap_or_default());
+        }
+        params[side] = object;
+    }
+    params
 }
 
 /// A replication is often the first to notice; CouchHealth's probes decide within this time.
@@ -85,10 +117,12 @@ async fn is_going_down(couch: &Couch, error: &CouchError) -> bool {
 fn report(answer: &ReplicateAnswer) -> Report {
     match answer.history.first() {
         Some(run) if !answer.no_changes => Report {
+            missing_checked: run.missing_checked,
+            missing_found: run.missing_found,
             docs_read: run.docs_read,
             docs_written: run.docs_written,
             doc_write_failures: run.doc_write_failures,
-            no_changes: false,
+            ..Report::default()
         },
         _ => Report { no_changes: answer.no_changes, ..Report::default() },
     }
@@ -139,7 +173,6 @@ mod tests {
     use axum::http::StatusCode;
     use axum::routing::post;
     use axum::{Json, Router};
-    use serde_json::{Value, json};
 
     async fn couch_that(answer: Router) -> Couch {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
@@ -159,6 +192,8 @@ mod tests {
             lane: "host".into(),
             engine: None,
             is_bidirectional: false,
+            progress: Arc::default(),
+            priority: 0,
         })
     }
 
@@ -197,6 +232,24 @@ mod tests {
     }
 
     #[test]
+    fn an_encoded_password_goes_in_a_header() {
+        let params = |side: Value| json!({ "source": side, "target": "b", "create_target": true });
+        let header = json!({ "Authorization": "Basic dTpwQHNz" });
+        for (side, expected) in [
+            (json!("http://u:plain@host/a"), json!("http://u:plain@host/a")),
+            (json!("a"), json!("a")),
+            (json!("http://u:p%40ss@host/a"), json!({ "url": "http://host/a", "headers": header })),
+            (
+                json!({ "url": "http://u:p%40ss@host/a", "headers": { "X": "1" } }),
+                json!({ "url": "http://host/a", "headers": { "X": "1", "Authorization": "Basic dTpwQHNz" } }),
+            ),
+            (json!({ "url": "http://u:p%40ss@host/a", "headers": 7 }), json!({ "url": "http://u:p%40ss@host/a", "headers": 7 })),
+        ] {
+            assert_eq!(for_couchdb(&params(side.clone())), params(expected), "{side}");
+        }
+    }
+
+    #[test]
     fn a_verdict_follows_from_the_error() {
         let status = |status, reason: &str| CouchError::Status { status, reason: String::from(reason) };
         let after = Some(Duration::from_secs(3));
@@ -216,7 +269,12 @@ mod tests {
 
     #[test]
     fn the_report_is_of_this_run_only() {
-        let history = |docs_read, doc_write_failures| ReplicationHistory { docs_read, docs_written: 1, doc_write_failures };
+        let history = |docs_read, doc_write_failures| ReplicationHistory {
+            docs_read,
+            docs_written: 1,
+            doc_write_failures,
+            ..ReplicationHistory::default()
+        };
         let answer = |no_changes, history| ReplicateAnswer { ok: true, no_changes, history };
         for (answer, expected) in [
             (answer(false, vec![history(3, 2), history(9, 9)]), (3, 1, 2, false)),
@@ -224,16 +282,19 @@ mod tests {
             (answer(true, vec![]), (0, 0, 0, true)),
             (answer(false, vec![]), (0, 0, 0, false)),
         ] {
-            let Report { docs_read, docs_written, doc_write_failures, no_changes } = report(&answer);
+            let Report { docs_read, docs_written, doc_write_failures, no_changes, .. } = report(&answer);
             assert_eq!((docs_read, docs_written, doc_write_failures, no_changes), expected);
         }
     }
 
     #[tokio::test]
     async fn a_run_reports_what_couchdb_counted() {
-        let history = json!([{ "docs_read": 5, "docs_written": 4, "doc_write_failures": 1, "missing_found": 5 }]);
+        let history =
+            json!([{ "docs_read": 5, "docs_written": 4, "doc_write_failures": 1, "missing_checked": 6, "missing_found": 5 }]);
         let report = run_against(200, json!({ "ok": true, "session_id": "s", "history": history })).await;
-        let expected = Report { docs_read: 5, docs_written: 4, doc_write_failures: 1, no_changes: false };
+        let (missing_checked, missing_found) = (6, 5);
+        let expected =
+            Report { missing_checked, missing_found, docs_read: 5, docs_written: 4, doc_write_failures: 1, ..Report::default() };
         assert_eq!(report, Ok(expected));
     }
 

@@ -19,28 +19,32 @@ pub mod gather;
 pub mod parameters;
 pub mod peer;
 pub mod run;
+pub mod sessions;
 pub mod shared;
 pub mod slots;
 
 use super::{ReplicateError, Replication, Report};
 use crate::couch::{Couch, CouchError};
 use crate::job::Verdict;
-use behind::Behind;
+use behind::{Again, Behind};
 use budget::Budget;
 use checkpoint::replication_id;
-use documents::{Transfer, TransferError};
-use parameters::{Local, Parameters};
+use documents::{Counts, Transfer, TransferError};
+use parameters::{Local, Parameters, Selection};
 use peer::{Net, Peer, PeerError, SILENCE_MAX, Which};
 use run::{Done, Run};
 use shared::Shared;
 use slots::Slots;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
-use tokio::sync::{Mutex, OnceCell, mpsc};
+use tokio::sync::OnceCell;
 use tokio_util::task::AbortOnDropHandle;
 
-/// All runs together hold so much of documents, and one document more.
-const BUDGET_BYTES: u64 = 24 * 1024 * 1024;
+/// Large runs together hold so much of documents, and one document more; small ones so much besides.
+const BUDGET_BYTES: u64 = 16 * 1024 * 1024;
+const SMALL_BUDGET_BYTES: u64 = 8 * 1024 * 1024;
+/// Large attachments on their way to one host.
+const PIPES_PER_HOST: usize = 4;
 /// Positions that are remembered: about 500 bytes each.
 const SLOTS_MAX: usize = 20_000;
 
@@ -50,8 +54,8 @@ pub struct NativeEngine {
     net: Net,
     shared: Arc<Shared>,
     budget: Budget,
+    small_budget: Budget,
     behind: Arc<Behind>,
-    again: Mutex<mpsc::UnboundedReceiver<Arc<str>>>,
     /// Of the watched server: part of a replication's id, so that two Spiegels that call two servers by one name do not share
     /// a checkpoint.
     server_uuid: OnceCell<String>,
@@ -79,11 +83,22 @@ impl NativeEngine {
         let http = builder().read_timeout(SILENCE_MAX).build().map_err(unbuildable)?;
         let patient = builder().build().map_err(unbuildable)?;
         let (health, metrics) = (couch.health().clone(), couch.metrics().clone());
-        let net = Net { http, patient, gates: gate::Gates::new(settings.requests_per_host_max), metrics, health };
+        let net = Net {
+            http,
+            patient,
+            gates: gate::Gates::new(settings.requests_per_host_max),
+            pipes: gate::Gates::new(PIPES_PER_HOST),
+            sessions: sessions::Sessions::default(),
+            metrics,
+            health,
+        };
         let shared = Arc::new(Shared::default());
-        let (again, told) = mpsc::unbounded_channel();
-        let behind =
-            Arc::new(Behind { slots: Slots::new(SLOTS_MAX), shared: shared.clone(), after: settings.checkpoint_after, again });
+        let behind = Arc::new(Behind {
+            slots: Slots::new(SLOTS_MAX),
+            shared: shared.clone(),
+            after: settings.checkpoint_after,
+            again: Again::default(),
+        });
         let (saver, watcher) = (behind.clone(), behind.clone());
         let watched = couch.clone();
         let tasks = [
@@ -102,8 +117,8 @@ impl NativeEngine {
             net,
             shared,
             budget: Budget::new(BUDGET_BYTES),
+            small_budget: Budget::new(SMALL_BUDGET_BYTES),
             behind,
-            again: Mutex::new(told),
             server_uuid: OnceCell::new(),
             _tasks: tasks,
         })
@@ -114,13 +129,13 @@ impl NativeEngine {
     }
 
     /// The next replicator that has to run again although nobody dirtied it.
-    pub async fn again(&self) -> Option<Arc<str>> {
-        self.again.lock().await.recv().await
+    pub async fn again(&self) -> Arc<str> {
+        self.behind.again.next().await
     }
 
-    /// Every checkpoint that is behind, now.
-    pub async fn flush(&self) {
-        self.behind.save_older_than(Duration::ZERO).await;
+    /// Every checkpoint that is behind, now; the replicators whose documents may be gone.
+    pub async fn flush(&self) -> Vec<Arc<str>> {
+        self.behind.save_older_than(Duration::ZERO).await
     }
 
     pub async fn run(&self, spec: &Replication, parameters: Parameters) -> Result<Report, ReplicateError> {
@@ -136,37 +151,44 @@ impl NativeEngine {
                 result = self.once(spec, &parameters) => result,
             };
             let error = match result {
-                Ok(done) => return Ok(report(&done)),
+                Ok(report) => return Ok(report),
                 Err(error) => error,
             };
             if !self.is_outage(&error).await {
                 return Err(error.into());
             }
+            self.couch.health().up().await;
         }
     }
 
-    async fn once(&self, spec: &Replication, parameters: &Parameters) -> Result<Done, TransferError> {
+    async fn once(&self, spec: &Replication, parameters: &Parameters) -> Result<Report, TransferError> {
         let uuid = self.server_uuid.get_or_try_init(async || {
             let welcome = self.couch.welcome().await;
-            let error = |error| PeerError { which: Which::Source, is_local: true, error: Arc::new(error) };
+            let error =
+                |error| PeerError { which: Which::Source, is_local: true, is_out_of_reach: false, error: Arc::new(error) };
             welcome.map(|welcome| welcome.uuid.unwrap_or_default()).map_err(error)
         });
-        let id = replication_id(uuid.await?, &spec.replicator_id, parameters).into();
         let transfer = Transfer {
             shared: self.shared.clone(),
             budget: self.budget.clone(),
+            small_budget: self.small_budget.clone(),
             source: Peer::new(self.net.clone(), Which::Source, &parameters.source),
             target: Peer::new(self.net.clone(), Which::Target, &parameters.target),
+            first_refused: OnceLock::new(),
         };
+        let filter_code = filter_code(&transfer.source, &parameters.selection).await?;
+        let id = replication_id(uuid.await?, &spec.replicator_id, parameters, filter_code.as_deref());
         let run = Run {
-            id,
+            id: id.into(),
             replicator_id: spec.replicator_id.clone(),
             behind: &self.behind,
             transfer,
             parameters: parameters.clone(),
             is_bidirectional: spec.is_bidirectional,
+            progress: spec.progress.clone(),
         };
-        run.run().await
+        let done = run.run().await?;
+        Ok(report(&done, &run.transfer))
     }
 
     /// Whether the watched server itself went away under the run. CouchHealth's probes decide within a moment.
@@ -177,12 +199,33 @@ impl NativeEngine {
     }
 }
 
-fn report(done: &Done) -> Report {
+/// The function that picks the documents, as it is now in the source's design document.
+async fn filter_code(source: &Peer, selection: &Selection) -> Result<Option<String>, PeerError> {
+    let Selection::Filter { name, query } = selection else { return Ok(None) };
+    let view = query.iter().find(|(key, _)| key == "view").map(|(_, view)| view);
+    let (path, group, field) = match (name.as_str(), view) {
+        ("_view", Some(view)) => (view.as_str(), "views", Some("map")),
+        (name, _) => (name, "filters", None),
+    };
+    let Some((ddoc, function)) = path.split_once('/') else { return Ok(None) };
+    let ddoc = source.design_document(ddoc).await?;
+    let code = &ddoc[group][function];
+    Ok(Some(field.map_or(code, |field| &code[field]).to_string()))
+}
+
+fn report(done: &Done, transfer: &Transfer) -> Report {
+    let Counts { missing_checked, missing_found, docs_read, docs_written, doc_write_failures, bytes_read } = done.counts;
     Report {
-        docs_read: done.counts.docs_read,
-        docs_written: done.counts.docs_written,
-        doc_write_failures: done.counts.doc_write_failures,
+        missing_checked,
+        missing_found,
+        docs_read,
+        docs_written,
+        doc_write_failures,
+        bytes_read,
+        requests: transfer.source.requests() + transfer.target.requests(),
         no_changes: done.rows == 0,
+        first_refused: transfer.first_refused.get().cloned(),
+        is_unfinished: done.is_unfinished,
     }
 }
 
@@ -196,6 +239,7 @@ impl From<TransferError> for ReplicateError {
             (TransferError::Peer(peer), _) if peer.is_missing_database() => ReplicateError::Missing { which: text },
             (_, CouchError::Unauthorized(_)) => ReplicateError::Unauthorized(text),
             (_, CouchError::Forbidden(_)) => ReplicateError::Unauthorized(text),
+            (TransferError::Peer(PeerError { is_out_of_reach: true, .. }), _) => ReplicateError::OutOfReach(text),
             (_, CouchError::Unreachable(_)) => ReplicateError::Unreachable(text),
             (_, cause) => ReplicateError::Other { error: text, verdict: cause.verdict() },
         }

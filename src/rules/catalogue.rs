@@ -20,6 +20,7 @@ pub struct Snapshot {
     replicators: HashMap<Arc<str>, Arc<Replicator>>,
     by_source: HashMap<String, Vec<Arc<str>>>,
     by_target: HashMap<String, Vec<Arc<str>>>,
+    invalid_replicators: Arc<BTreeMap<Arc<str>, Arc<str>>>,
     own: HashSet<String>,
 }
 
@@ -44,6 +45,11 @@ impl Snapshot {
 
     pub fn replicators(&self) -> &HashMap<Arc<str>, Arc<Replicator>> {
         &self.replicators
+    }
+
+    /// Documents that nobody can run, each with what is wrong.
+    pub fn invalid_replicators(&self) -> &BTreeMap<Arc<str>, Arc<str>> {
+        &self.invalid_replicators
     }
 
     pub fn rules_of(&self, db: &str) -> Vec<Arc<Rule>> {
@@ -77,6 +83,7 @@ pub struct Catalogue {
     replicators: HashMap<String, Arc<Replicator>>,
     /// By id, the revision that was said to be invalid.
     invalid: HashMap<String, String>,
+    invalid_replicators: Arc<BTreeMap<Arc<str>, Arc<str>>>,
 }
 
 impl Catalogue {
@@ -87,6 +94,7 @@ impl Catalogue {
             rules: BTreeMap::new(),
             replicators: HashMap::new(),
             invalid: HashMap::new(),
+            invalid_replicators: Arc::default(),
         }
     }
 
@@ -99,6 +107,9 @@ impl Catalogue {
         let doc = row.doc.as_ref().and_then(|doc| serde_json::from_str::<Value>(doc.get()).ok());
         let kind = doc.as_ref().and_then(|doc| doc.get("type")).and_then(Value::as_str).unwrap_or_default();
         let had = self.rules.remove(&row.id).is_some() | self.replicators.remove(&row.id).is_some();
+        if self.invalid_replicators.contains_key(row.id.as_str()) {
+            Arc::make_mut(&mut self.invalid_replicators).remove(row.id.as_str());
+        }
         let (Some(doc), false) = (&doc, row.deleted) else {
             return self.invalid.remove(&row.id).is_some() | had;
         };
@@ -112,8 +123,11 @@ impl Catalogue {
         match parsed {
             Ok(()) => drop(self.invalid.remove(&row.id)),
             Err(reasons) => {
+                let reasons = crate::rules::invalid::summary(&reasons);
+                if kind == "replicator" {
+                    Arc::make_mut(&mut self.invalid_replicators).insert(row.id.as_str().into(), reasons.as_str().into());
+                }
                 if self.invalid.insert(row.id.clone(), row.rev().to_string()).as_deref() != Some(row.rev()) {
-                    let reasons = crate::rules::invalid::summary(&reasons);
                     tracing::error!(id = row.id, kind, reasons, "invalid document, it is passed over until it is mended");
                 }
             }
@@ -147,6 +161,7 @@ impl Catalogue {
             replicators,
             by_source,
             by_target,
+            invalid_replicators: self.invalid_replicators.clone(),
             own: self.own.clone(),
         }
     }

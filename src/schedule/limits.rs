@@ -22,6 +22,8 @@ pub struct LaneLimits {
     pub concurrency: usize,
     /// None: no limit.
     pub per_second: Option<NonZeroU32>,
+    /// Of those, for one place of the lane (`Spec::place`).
+    pub concurrency_per_place: usize,
 }
 
 /// The limits of one lane, and how much of them is used.
@@ -107,7 +109,8 @@ mod tests {
     use proptest::prelude::*;
 
     fn limits(concurrency: usize, per_second: Option<u32>, now: Instant) -> Limits {
-        Limits::new(LaneLimits { concurrency, per_second: per_second.and_then(NonZeroU32::new) }, now)
+        let per_second = per_second.and_then(NonZeroU32::new);
+        Limits::new(LaneLimits { concurrency, per_second, concurrency_per_place: concurrency }, now)
     }
 
     #[test]

@@ -4,8 +4,9 @@
 //!
 //! 1. **Chains.** Jobs with one key never overlap and never reorder: each key has a chain, and only a job that is the head of all
 //!    its chains may run. It stays the head until it is settled, through its retries too.
-//! 2. **Lanes**, one for each host. A lane is first in, first out over the jobs that passed the chains, and has its own limits, so
-//!    that a slow or limited host waits alone. Lanes take turns.
+//! 2. **Lanes**, one for each host, with limits of their own, so that a slow or limited host waits alone. Lanes take turns, and
+//!    within a lane its places (a host's databases) do, the most urgent first; a place is first in, first out over the jobs
+//!    that passed the chains, and has a limit, so that a slow database does not take its host's room from the others.
 //! 3. **Workers.** No more jobs run than there are workers.
 //!
 //! Jobs with one coalescing key are folded into the one that is not yet sent; its key is a chain as well, so that exactly one
@@ -20,7 +21,7 @@ use super::limits::{LaneLimits, Limits};
 use crate::job::Outcome;
 use std::cmp::Reverse;
 use std::collections::hash_map::Entry as Slot;
-use std::collections::{BinaryHeap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BinaryHeap, HashMap, VecDeque};
 use std::sync::Arc;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
@@ -29,6 +30,14 @@ use tokio::time::Instant;
 pub trait Spec: Send + Sync + 'static {
     /// The host that it goes to.
     fn lane(&self) -> &str;
+    /// What of the host it goes to; those of one lane take turns.
+    fn place(&self) -> &str {
+        ""
+    }
+    /// The higher goes first, among those that wait for one host.
+    fn priority(&self) -> i32 {
+        0
+    }
     /// Jobs with equal keys never overlap and run in the order in which they were submitted.
     fn order_key(&self) -> u64;
     /// Jobs with equal keys ask for the same thing: one of them, not yet sent, stands for all.
@@ -57,6 +66,8 @@ pub enum End {
     },
     /// Its worker died under it: again, as soon as possible.
     Crashed,
+    /// It did a part and gives way to those who wait; its keys stay blocked meanwhile.
+    Unfinished,
 }
 
 pub struct Queue<S> {
@@ -79,10 +90,14 @@ pub struct Queue<S> {
 struct Entry<S> {
     spec: Arc<S>,
     lane: LaneId,
+    /// That of its first spec: what is folded into it does not move it.
+    place: PlaceKey,
     /// The chains that it stands in.
     keys: Vec<Key>,
     /// In how many of them it is not the head.
     blocked: usize,
+    /// Its number in the line of its place: given out anew when it gave way.
+    turn: u64,
     waiters: Vec<Waiter>,
     state: State,
     /// It stands in its lane's ready heap, perhaps as a leftover from before it was blocked again.
@@ -126,12 +141,25 @@ struct LaneId(u64);
 struct Lane {
     name: Arc<str>,
     limits: Limits,
-    ready: BinaryHeap<Reverse<EntryId>>,
+    places: HashMap<PlaceKey, Place>,
+    /// The places that have a ready job and room, the most urgent first, then in turn.
+    turns: BTreeMap<Reverse<i32>, VecDeque<PlaceKey>>,
     /// Jobs of this lane, in whatever state.
     entries: usize,
     in_rotation: bool,
     waits_for_rate: bool,
     in_empty: bool,
+}
+
+/// Jobs of one place with one priority.
+type PlaceKey = (Reverse<i32>, Option<Arc<str>>);
+
+#[derive(Default)]
+struct Place {
+    /// By turn.
+    ready: BinaryHeap<Reverse<(u64, EntryId)>>,
+    in_flight: usize,
+    in_turn: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -185,7 +213,7 @@ impl<S: Spec> Queue<S> {
     /// Ends one attempt; an id that is not in flight is ignored.
     pub fn finished(&mut self, id: EntryId, end: End) {
         let Some(entry) = self.entries.get_mut(&id).filter(|entry| entry.state == State::InFlight) else { return };
-        let lane = entry.lane;
+        let (lane, place) = (entry.lane, entry.place.clone());
         let wanted = entry.waiters.iter().any(|waiter| !waiter.is_closed());
         match end {
             End::Settled(outcome) => {
@@ -205,10 +233,19 @@ impl<S: Spec> Queue<S> {
                 entry.crashes = entry.crashes.saturating_add(1);
                 self.list(id);
             }
+            End::Unfinished if wanted => {
+                entry.state = State::Waiting;
+                (entry.retries, entry.crashes) = (0, 0);
+                entry.turn = self.ids_used;
+                self.ids_used += 1;
+                self.list(id);
+            }
+            End::Unfinished => drop(self.remove(id)),
         }
         self.in_flight -= 1;
         if let Some(lane) = self.lanes.get_mut(&lane) {
             lane.limits.release();
+            lane.leave(&place, self.limits.concurrency_per_place);
         }
         self.rotate(lane);
     }
@@ -271,7 +308,9 @@ impl<S: Spec> Queue<S> {
             std::iter::once(Key::Order(spec.order_key())).chain(spec.coalesce_key().map(Key::Coalesce)).collect();
         let blocked = keys.iter().filter(|key| join(&mut self.chains, **key, id)).count();
         let (waiters, state) = (vec![waiter], State::Fresh);
-        self.entries.insert(id, Entry { spec, lane, keys, blocked, waiters, state, listed: false, retries: 0, crashes: 0 });
+        let (place, turn) = (place_of(&*spec), id.0);
+        let entry = Entry { spec, lane, place, keys, blocked, turn, waiters, state, listed: false, retries: 0, crashes: 0 };
+        self.entries.insert(id, entry);
         self.list(id);
         id
     }
@@ -302,19 +341,19 @@ impl<S: Spec> Queue<S> {
             if !lane.may_start() {
                 return None;
             }
-            let Reverse(id) = *lane.ready.peek()?;
+            let (place_key, id) = lane.first()?;
             let Some(entry) = self.entries.get_mut(&id) else {
-                lane.ready.pop();
+                lane.drop_first(&place_key);
                 continue;
             };
             if entry.blocked > 0 {
                 // Folding put it behind somebody; whoever leaves last before it lists it again.
-                lane.ready.pop();
+                lane.drop_first(&place_key);
                 entry.listed = false;
                 continue;
             }
             if entry.waiters.iter().all(|waiter| waiter.is_closed()) {
-                lane.ready.pop();
+                lane.drop_first(&place_key);
                 self.remove(id);
                 continue;
             }
@@ -323,7 +362,7 @@ impl<S: Spec> Queue<S> {
                 self.timers.push(Reverse((now + wait, Due::Lane(lane_id))));
                 return None;
             }
-            lane.ready.pop();
+            lane.start_first(&place_key, self.limits.concurrency_per_place);
             entry.listed = false;
             entry.state = State::InFlight;
             let spec = entry.spec.clone();
@@ -363,9 +402,9 @@ impl<S: Spec> Queue<S> {
             return;
         }
         entry.listed = true;
-        let lane_id = entry.lane;
+        let (lane_id, turn, place) = (entry.lane, entry.turn, entry.place.clone());
         if let Some(lane) = self.lanes.get_mut(&lane_id) {
-            lane.ready.push(Reverse(id));
+            lane.list(place, (turn, id), self.limits.concurrency_per_place);
         }
         self.rotate(lane_id);
     }
@@ -375,7 +414,7 @@ impl<S: Spec> Queue<S> {
         if let Some(lane) = self.lanes.get_mut(&id)
             && !lane.in_rotation
             && lane.may_start()
-            && !lane.ready.is_empty()
+            && !lane.turns.is_empty()
         {
             lane.in_rotation = true;
             self.rotation.push_back(id);
@@ -429,12 +468,79 @@ impl<S: Spec> Queue<S> {
 impl Lane {
     fn new(name: Arc<str>, limits: Limits) -> Self {
         let (in_rotation, waits_for_rate, in_empty) = (false, false, false);
-        Self { name, limits, ready: BinaryHeap::new(), entries: 0, in_rotation, waits_for_rate, in_empty }
+        let (places, turns) = (HashMap::new(), BTreeMap::new());
+        Self { name, limits, places, turns, entries: 0, in_rotation, waits_for_rate, in_empty }
     }
 
     fn may_start(&self) -> bool {
         !self.waits_for_rate && self.limits.has_room()
     }
+
+    fn list(&mut self, key: PlaceKey, job: (u64, EntryId), room: usize) {
+        self.places.entry(key.clone()).or_default().ready.push(Reverse(job));
+        self.take_turn(key, room);
+    }
+
+    /// At the end of the line of its priority, where it can use a turn.
+    fn take_turn(&mut self, key: PlaceKey, room: usize) {
+        let Some(place) = self.places.get_mut(&key) else { return };
+        if place.ready.is_empty() && place.in_flight == 0 {
+            self.places.remove(&key);
+        } else if !place.in_turn && !place.ready.is_empty() && place.in_flight < room.max(1) {
+            place.in_turn = true;
+            self.turns.entry(key.0).or_default().push_back(key);
+        }
+    }
+
+    /// The job whose turn it is, and its place.
+    fn first(&self) -> Option<(PlaceKey, EntryId)> {
+        let key = self.turns.values().next()?.front()?;
+        let Reverse((_, id)) = self.places.get(key)?.ready.peek()?;
+        Some((key.clone(), *id))
+    }
+
+    fn end_turn(&mut self, key: &PlaceKey) {
+        if let Some(line) = self.turns.get_mut(&key.0) {
+            line.pop_front();
+            if line.is_empty() {
+                self.turns.remove(&key.0);
+            }
+        }
+        if let Some(place) = self.places.get_mut(key) {
+            place.in_turn = false;
+        }
+    }
+
+    /// The place whose turn it is keeps it, if it has another job.
+    fn drop_first(&mut self, key: &PlaceKey) {
+        let Some(place) = self.places.get_mut(key) else { return };
+        place.ready.pop();
+        if place.ready.is_empty() {
+            self.end_turn(key);
+            self.take_turn(key.clone(), 0);
+        }
+    }
+
+    fn start_first(&mut self, key: &PlaceKey, room: usize) {
+        if let Some(place) = self.places.get_mut(key) {
+            place.ready.pop();
+            place.in_flight += 1;
+        }
+        self.end_turn(key);
+        self.take_turn(key.clone(), room);
+    }
+
+    fn leave(&mut self, key: &PlaceKey, room: usize) {
+        if let Some(place) = self.places.get_mut(key) {
+            place.in_flight = place.in_flight.saturating_sub(1);
+        }
+        self.take_turn(key.clone(), room);
+    }
+}
+
+fn place_of(spec: &impl Spec) -> PlaceKey {
+    let place = Some(spec.place()).filter(|place| !place.is_empty());
+    (Reverse(spec.priority()), place.map(Arc::from))
 }
 
 /// True where somebody stands before it.
@@ -465,6 +571,8 @@ mod tests {
     struct Job {
         number: usize,
         lane: &'static str,
+        place: &'static str,
+        priority: i32,
         order: u64,
         coalesce: Option<u64>,
     }
@@ -472,6 +580,12 @@ mod tests {
     impl Spec for Job {
         fn lane(&self) -> &str {
             self.lane
+        }
+        fn place(&self) -> &str {
+            self.place
+        }
+        fn priority(&self) -> i32 {
+            self.priority
         }
         fn order_key(&self) -> u64 {
             self.order
@@ -482,7 +596,8 @@ mod tests {
     }
 
     fn queue(concurrency: usize, workers_max: usize, per_second: Option<u32>) -> Queue<Job> {
-        Queue::new(LaneLimits { concurrency, per_second: per_second.and_then(NonZeroU32::new) }, workers_max)
+        let per_second = per_second.and_then(NonZeroU32::new);
+        Queue::new(LaneLimits { concurrency, per_second, concurrency_per_place: concurrency }, workers_max)
     }
 
     struct Bench {
@@ -498,8 +613,12 @@ mod tests {
 
         /// Numbered from 0 in the order of submission.
         fn submit(&mut self, lane: &'static str, order: u64, coalesce: Option<u64>) -> Submitted {
+            self.submit_job(Job { number: 0, lane, place: "", priority: 0, order, coalesce })
+        }
+
+        fn submit_job(&mut self, job: Job) -> Submitted {
             let (waiter, receiver) = oneshot::channel();
-            let job = Job { number: self.receivers.len(), lane, order, coalesce };
+            let job = Job { number: self.receivers.len(), ..job };
             self.receivers.push(Some(receiver));
             self.queue.submit(Arc::new(job), waiter, self.now)
         }
@@ -538,6 +657,62 @@ mod tests {
             bench.submit(lane, order as u64, None);
         }
         assert_eq!(bench.numbers(), [0, 3, 4, 1, 5, 2]);
+    }
+
+    fn in_place(place: &'static str, order: u64, priority: i32) -> Job {
+        Job { number: 0, lane: "host", place, priority, order, coalesce: None }
+    }
+
+    #[test]
+    fn the_places_of_a_lane_take_turns_and_none_takes_all() {
+        let limits = LaneLimits { concurrency: 5, per_second: None, concurrency_per_place: 2 };
+        let mut bench = Bench::new(Queue::new(limits, 10));
+        for order in 0..6 {
+            bench.submit_job(in_place("slow", order, 0));
+        }
+        for order in 6..9 {
+            bench.submit_job(in_place(["b", "c", "b"][order as usize - 6], order, 0));
+        }
+        let (first, number) = bench.next().expect("the first");
+        assert_eq!(number, 0);
+        assert_eq!(bench.numbers(), [6, 7, 1, 8], "the slow place has its two, the host its five");
+        bench.done(first);
+        assert_eq!(bench.numbers(), [2]);
+    }
+
+    #[test]
+    fn the_urgent_go_first() {
+        let limits = LaneLimits { concurrency: 1, per_second: None, concurrency_per_place: 1 };
+        let mut bench = Bench::new(Queue::new(limits, 10));
+        for (order, priority) in [0, -5, 7, 0].into_iter().enumerate() {
+            bench.submit_job(in_place("a", order as u64, priority));
+        }
+        let mut order = Vec::new();
+        while let Some((id, number)) = bench.next() {
+            order.push(number);
+            bench.done(id);
+        }
+        assert_eq!(order, [2, 0, 3, 1]);
+    }
+
+    #[test]
+    fn whoever_gives_way_comes_after_those_who_waited() {
+        let mut bench = Bench::new(queue(1, 1, None));
+        for order in 0..3 {
+            bench.submit("a", order, Some(order));
+        }
+        let (long, _) = bench.next().expect("the first");
+        bench.submit("a", 0, Some(0));
+        bench.queue.finished(long, End::Unfinished);
+        for number in [1, 2] {
+            let (id, next) = bench.next().expect("another");
+            assert_eq!(next, number);
+            bench.done(id);
+        }
+        assert_eq!(bench.next(), Some((long, 0)), "its own key is still its own");
+        bench.done(long);
+        assert_eq!(bench.numbers(), [3]);
+        assert!(bench.queue.lanes.values().all(|lane| lane.places.len() <= 1), "idle places are forgotten");
     }
 
     #[test]

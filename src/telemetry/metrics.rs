@@ -26,6 +26,11 @@ pub struct ChildLabels {
     pub child: &'static str,
 }
 
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub struct StateLabels {
+    pub state: &'static str,
+}
+
 /// Every metric of the process; cloned as one `Arc`.
 pub struct Metrics {
     registry: Registry,
@@ -52,9 +57,15 @@ pub struct Metrics {
     pub replications_running: Gauge,
     pub replications_queued: Gauge,
     pub replication_duration_seconds: Histogram,
+    pub replication_docs_read: Counter,
+    pub replication_docs_written: Counter,
+    pub replication_doc_write_failures: Counter,
+    pub replication_missing_checked: Counter,
+    pub replication_missing_found: Counter,
+    pub replication_bytes_read: Counter,
     pub restarts: Family<ChildLabels, Counter>,
     pub rules: Gauge,
-    pub replicators: Gauge,
+    pub replicators: Family<StateLabels, Gauge>,
     pub invalid_documents: Gauge,
 }
 
@@ -87,9 +98,15 @@ impl Metrics {
             replications_running: Gauge::default(),
             replications_queued: Gauge::default(),
             replication_duration_seconds: seconds(),
+            replication_docs_read: Counter::default(),
+            replication_docs_written: Counter::default(),
+            replication_doc_write_failures: Counter::default(),
+            replication_missing_checked: Counter::default(),
+            replication_missing_found: Counter::default(),
+            replication_bytes_read: Counter::default(),
             restarts: Family::default(),
             rules: Gauge::default(),
-            replicators: Gauge::default(),
+            replicators: Family::default(),
             invalid_documents: Gauge::default(),
         };
         metrics.register();
@@ -125,9 +142,27 @@ impl Metrics {
         r.register("replications_running", "Replications under way", self.replications_running.clone());
         r.register("replications_queued", "Replications waiting for their turn", self.replications_queued.clone());
         r.register("replication_duration_seconds", "Time of one replication run", self.replication_duration_seconds.clone());
+        r.register("replication_docs_read", "Documents that replications read", self.replication_docs_read.clone());
+        r.register("replication_docs_written", "Documents that replications wrote", self.replication_docs_written.clone());
+        r.register(
+            "replication_doc_write_failures",
+            "Documents that targets refused",
+            self.replication_doc_write_failures.clone(),
+        );
+        r.register(
+            "replication_missing_checked",
+            "Revisions that replications looked for in their targets",
+            self.replication_missing_checked.clone(),
+        );
+        r.register("replication_missing_found", "Revisions that targets lacked", self.replication_missing_found.clone());
+        r.register(
+            "replication_bytes_read",
+            "Bytes of documents and attachments that replications read",
+            self.replication_bytes_read.clone(),
+        );
         r.register("supervisor_restarts", "Children restarted by the supervisor", self.restarts.clone());
         r.register("rules", "Valid on_change documents", self.rules.clone());
-        r.register("replicators", "Valid replicator documents", self.replicators.clone());
+        r.register("replicators", "Replicator documents by state, as in CouchDB's _scheduler/docs", self.replicators.clone());
         r.register("invalid_documents", "Documents of the spiegel database that cannot be used", self.invalid_documents.clone());
     }
 

@@ -14,8 +14,9 @@ use std::time::{Duration, SystemTime};
 use url::Url;
 
 /// Fields that are Spiegel's, and two that are meant for continuous replications.
-const NOT_FOR_COUCHDB: [&str; 12] = [
+const NOT_FOR_COUCHDB: [&str; 13] = [
     "engine",
+    "priority",
     "type",
     "dirty",
     "dirty_at",
@@ -51,6 +52,8 @@ pub struct Replicator {
     pub dirty_after: Option<Duration>,
     /// None: what the config says.
     pub engine: Option<EngineChoice>,
+    /// Among those that wait for one host, the higher goes first.
+    pub priority: i32,
     /// What is odd about the document and does not stop it.
     pub warnings: Vec<Invalid>,
     fields: Map<String, Value>,
@@ -90,6 +93,7 @@ impl Replicator {
             retries: fields.get("retries").and_then(Value::as_u64).unwrap_or_default(),
             dirty_after: dirty_after(fields, &mut warnings),
             engine: engine(fields, &mut warnings),
+            priority: priority(fields, &mut warnings),
             warnings,
             fields: fields.clone(),
         })
@@ -313,6 +317,15 @@ fn engine(fields: &Map<String, Value>, warnings: &mut Vec<Invalid>) -> Option<En
         warnings.push(Invalid::new("engine", reason.to_string()));
     }
     choice
+}
+
+fn priority(fields: &Map<String, Value>, warnings: &mut Vec<Invalid>) -> i32 {
+    let Some(value) = fields.get("priority").filter(|value| !value.is_null()) else { return 0 };
+    let priority = value.as_i64().and_then(|number| i32::try_from(number).ok());
+    priority.unwrap_or_else(|| {
+        warnings.push(Invalid::new("priority", String::from("must be a whole number; it is taken for 0")));
+        0
+    })
 }
 
 fn dirty_after(fields: &Map<String, Value>, warnings: &mut Vec<Invalid>) -> Option<Duration> {

@@ -5,8 +5,10 @@
 //! `dirty_at`, settled is `dirty: false`. Whoever waits is told once the work is done or durable.
 
 use crate::job::Piece;
+use crate::replicate::{Progress, shown};
 use crate::topology::replicator::Replicator;
-use std::collections::{BTreeSet, HashMap};
+use crate::topology::status::{Counts, Doc, LastRun, RunState, Status};
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -82,7 +84,39 @@ struct Entry {
     saving: u32,
     /// The newest revision that we know of, ours or somebody else's.
     known_rev: String,
+    /// A run has ended, or the document said that it is settled.
+    has_run: bool,
+    /// Of the run that waits for its turn or is under way.
+    progress: Option<Arc<Progress>>,
+    last_run: Option<Box<LastRun>>,
+    /// Why the last run failed.
+    error: Option<Box<str>>,
 }
+
+/// Where a replicator stands, as far as its state depends on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Idle,
+    /// For its time.
+    Waiting,
+    /// For its turn.
+    Queued,
+    Started,
+}
+
+/// CouchDB's word for it. What failed is crashing until it runs again, also while it waits for its turn.
+fn state_of(stage: Stage, failures: u32, has_run: bool) -> RunState {
+    match (stage, failures, has_run) {
+        (Stage::Started, ..) => RunState::Running,
+        (Stage::Idle, ..) => RunState::Completed,
+        (_, 1.., _) => RunState::Crashing,
+        (_, _, false) => RunState::Initializing,
+        (_, _, true) => RunState::Pending,
+    }
+}
+
+/// Of an error's text.
+const ERROR_CHARS_MAX: usize = 300;
 
 #[derive(Debug, Default)]
 pub struct States {
@@ -130,6 +164,10 @@ impl States {
             durable: false,
             saving: 0,
             known_rev: String::new(),
+            has_run: !replicator.dirty,
+            progress: None,
+            last_run: None,
+            error: None,
         });
         entry.replicator = replicator.clone();
         entry.known_rev = replicator.rev.clone();
@@ -234,6 +272,13 @@ impl States {
         let Some(entry) = self.entries.get_mut(id) else { return Vec::new() };
         let Phase::Running { again } = entry.phase else { return Vec::new() };
         entry.phase = Phase::Idle;
+        entry.has_run = true;
+        let seen = entry.progress.take().map(|progress| progress.seen()).unwrap_or_default();
+        // As in `_replicate`'s answers, a run without changes leaves what the one before it did.
+        if entry.last_run.is_none() || result.is_err() || !seen.report().no_changes {
+            entry.last_run = LastRun::of(&seen).map(Box::new).or(entry.last_run.take());
+        }
+        entry.error = result.as_ref().err().map(|failure| shown(&failure.error, ERROR_CHARS_MAX).into());
         match result {
             Ok(()) => self.succeeded(now, id, again),
             Err(failure) => {
@@ -356,8 +401,58 @@ impl States {
         self.entries.values().filter(|entry| !matches!(entry.phase, Phase::Idle)).count()
     }
 
-    pub fn backing_off(&self) -> usize {
-        self.entries.values().filter(|entry| entry.retries > 0).count()
+    /// Its run was asked for; what becomes of it is seen there.
+    pub fn asked_for(&mut self, id: &Id, progress: Arc<Progress>) {
+        if let Some(entry) = self.entries.get_mut(id) {
+            entry.progress = Some(progress);
+        }
+    }
+
+    /// `invalid` are documents that nobody can run, each with what is wrong.
+    pub fn counts(&self, invalid: &BTreeMap<Id, Arc<str>>) -> Counts {
+        let mut counts = Counts::default();
+        counts.add(RunState::Failed, invalid.len());
+        self.entries.values().for_each(|entry| counts.add(entry.state(), 1));
+        counts
+    }
+
+    /// With so many replicators at most: of each state the first by id.
+    pub fn status(&self, invalid: &BTreeMap<Id, Arc<str>>, docs_max: usize) -> Status {
+        let mut counts = Counts::default();
+        let mut first: BTreeMap<RunState, BinaryHeap<&Id>> = BTreeMap::new();
+        for (id, entry) in &self.entries {
+            let state = entry.state();
+            counts.add(state, 1);
+            let ids = first.entry(state).or_default();
+            ids.push(id);
+            if ids.len() > docs_max {
+                ids.pop();
+            }
+        }
+        counts.add(RunState::Failed, invalid.len());
+        first.entry(RunState::Failed).or_default().extend(invalid.keys().take(docs_max));
+        let ids = first.into_iter().flat_map(|(state, ids)| ids.into_sorted_vec().into_iter().map(move |id| (state, id)));
+        let docs = ids.take(docs_max).filter_map(|(state, id)| match invalid.get(id) {
+            Some(reasons) if state == RunState::Failed => Some(invalid_doc(id, reasons)),
+            _ => Some(self.entries.get(id)?.doc(id, state)),
+        });
+        Status { counts, docs: docs.collect() }
+    }
+}
+
+fn invalid_doc(id: &Id, reasons: &str) -> Doc {
+    Doc {
+        id: id.clone(),
+        source: None,
+        target: None,
+        state: RunState::Failed,
+        engine: None,
+        error_count: 0,
+        error: Some(shown(reasons, ERROR_CHARS_MAX)),
+        next_try_at: None,
+        run: None,
+        changes_pending: None,
+        through_seq: None,
     }
 }
 
@@ -365,6 +460,37 @@ impl Entry {
     /// While a write of ours is under way, what the document will say is not known.
     fn is_durable(&self) -> bool {
         self.durable && self.saving == 0
+    }
+
+    fn state(&self) -> RunState {
+        let has_started = || self.progress.as_ref().is_some_and(|progress| progress.has_started());
+        let stage = match self.phase {
+            Phase::Idle => Stage::Idle,
+            Phase::Waiting { .. } => Stage::Waiting,
+            Phase::Running { .. } if has_started() => Stage::Started,
+            Phase::Running { .. } => Stage::Queued,
+        };
+        state_of(stage, self.retries, self.has_run)
+    }
+
+    fn doc(&self, id: &Id, state: RunState) -> Doc {
+        let seen = self.progress.as_ref().map(|progress| progress.seen()).unwrap_or_default();
+        Doc {
+            id: id.clone(),
+            source: Some(self.replicator.source.to_string()),
+            target: Some(self.replicator.target.to_string()),
+            state,
+            engine: self.replicator.engine,
+            error_count: self.retries,
+            error: self.error.as_deref().map(String::from),
+            next_try_at: match self.phase {
+                Phase::Waiting { until } => Some(until),
+                _ => None,
+            },
+            run: LastRun::of(&seen).or_else(|| self.last_run.as_deref().cloned()),
+            changes_pending: seen.changes_pending,
+            through_seq: seen.through_seq,
+        }
     }
 }
 
@@ -383,6 +509,7 @@ fn generation(rev: &str) -> u64 {
 mod tests {
     use super::*;
     use crate::job::Completion;
+    use crate::replicate::Report;
     use proptest::prelude::*;
     use serde_json::json;
 
@@ -587,6 +714,95 @@ mod tests {
         states.documents(&HashMap::new());
         assert!(is_kept(&mut kept));
         assert!(states.run_ended(SystemTime::now(), &id(), Ok(()), |_| BACKOFF).is_empty());
+    }
+
+    #[test]
+    fn the_state_has_couchdbs_name() {
+        for (stage, failures, has_run, expected) in [
+            (Stage::Queued, 0, false, RunState::Initializing),
+            (Stage::Waiting, 0, false, RunState::Initializing),
+            (Stage::Queued, 0, true, RunState::Pending),
+            (Stage::Waiting, 0, true, RunState::Pending),
+            (Stage::Started, 0, false, RunState::Running),
+            (Stage::Started, 0, true, RunState::Running),
+            (Stage::Started, 3, true, RunState::Running),
+            (Stage::Waiting, 1, true, RunState::Crashing),
+            (Stage::Waiting, 1, false, RunState::Crashing),
+            (Stage::Queued, 1, true, RunState::Crashing),
+            (Stage::Idle, 0, true, RunState::Completed),
+            (Stage::Idle, 0, false, RunState::Completed),
+        ] {
+            assert_eq!(state_of(stage, failures, has_run), expected, "{stage:?} {failures} {has_run}");
+        }
+    }
+
+    fn only(states: &States) -> Doc {
+        let status = states.status(&BTreeMap::new(), 10);
+        assert_eq!(status.docs.len(), 1);
+        assert_eq!(status.counts.of(status.docs[0].state), 1);
+        assert_eq!(status.counts, states.counts(&BTreeMap::new()));
+        status.docs[0].clone()
+    }
+
+    #[test]
+    fn a_replicator_tells_what_it_is_doing() {
+        let now = SystemTime::now();
+        let mut states = States::default();
+        states.document(&id(), &doc("r", "1-a", json!({})));
+        assert_eq!(only(&states).state, RunState::Initializing);
+        let progress = Arc::new(Progress::default());
+        states.asked_for(&id(), progress.clone());
+        assert_eq!(only(&states).state, RunState::Initializing, "it waits for its turn");
+        progress.start(now);
+        progress.so_far(Report { docs_written: 3, ..Report::default() }, Some(4), Some(5));
+        let running = only(&states);
+        assert_eq!((running.state, running.changes_pending, running.through_seq), (RunState::Running, Some(4), Some(5)));
+        let actions =
+            states.run_ended(now, &id(), Err(RunFailure { error: "at http://u:hush@h/b".into(), ..failure() }), |_| BACKOFF);
+        confirm(&mut states, actions, "2-b");
+        let crashing = only(&states);
+        assert_eq!((crashing.state, crashing.error_count), (RunState::Crashing, 1));
+        assert_eq!(crashing.error.as_deref(), Some("at http://u:[redacted]@h/b"));
+        assert_eq!(crashing.next_try_at, Some(now + BACKOFF));
+        states.tick(now + BACKOFF);
+        assert_eq!(only(&states).state, RunState::Crashing, "until it runs");
+        let progress = Arc::new(Progress::default());
+        states.asked_for(&id(), progress.clone());
+        progress.start(now);
+        progress.end(&Report { docs_written: 7, ..Report::default() }, BACKOFF);
+        states.run_ended(now, &id(), Ok(()), |_| BACKOFF);
+        let completed = only(&states);
+        assert_eq!((completed.state, completed.error_count, completed.error), (RunState::Completed, 0, None));
+        assert_eq!(completed.run.as_ref().expect("a run").duration, Some(BACKOFF));
+        states.dirty(now, &id(), None);
+        assert_eq!(only(&states).state, RunState::Pending);
+        let progress = Arc::new(Progress::default());
+        states.asked_for(&id(), progress.clone());
+        progress.start(now + BACKOFF);
+        progress.end(&Report { no_changes: true, ..Report::default() }, BACKOFF * 2);
+        states.run_ended(now, &id(), Ok(()), |_| BACKOFF);
+        assert_eq!(only(&states).run, completed.run, "there was nothing to do");
+    }
+
+    #[test]
+    fn the_list_is_bounded_and_begins_with_what_is_wrong() {
+        let now = SystemTime::now();
+        let mut states = States::default();
+        for number in 0..40 {
+            let name: Id = format!("r{number:02}").into();
+            states.document(&name, &doc(&name, "1-a", json!({ "dirty": false })));
+            if number >= 35 {
+                states.dirty(now, &name, None);
+                states.run_ended(now, &name, Err(failure()), |_| BACKOFF);
+            }
+        }
+        let invalid: BTreeMap<Id, Arc<str>> = [("x".into(), "source is missing".into())].into();
+        let status = states.status(&invalid, 8);
+        let listed: Vec<&str> = status.docs.iter().map(|doc| &*doc.id).collect();
+        assert_eq!(listed, ["r35", "r36", "r37", "r38", "r39", "x", "r00", "r01"]);
+        assert_eq!(status.docs[5].error.as_deref(), Some("source is missing"));
+        let counted = [RunState::Crashing, RunState::Failed, RunState::Completed].map(|state| status.counts.of(state));
+        assert_eq!(counted, [5, 1, 35]);
     }
 
     proptest! {

@@ -2,18 +2,22 @@
 //!
 //! Each test runs against the embedded server, against PouchDB (where npm is), and against the CouchDB that
 //! SPIEGEL_TEST_COUCHDB_URL names (http://user:password@host:port), where it is set. SPIEGEL_TEST_NPM=1 makes a missing npm an
-//! error, SPIEGEL_TEST_SEED repeats a random test, SPIEGEL_TEST_ECHO shows what the processes say.
+//! error, SPIEGEL_TEST_SEED repeats a random test, SPIEGEL_TEST_ECHO shows what the processes say, SPIEGEL_TEST_ENGINE=couchdb replicates by
+//! `_replicate` where the tests would take the native engine.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::disallowed_methods)]
 
 mod blog;
 mod cli;
 mod faults;
 mod feedback;
+mod first_sweep;
 mod kill;
 mod lost_rows;
 mod main_job;
 mod malformed;
 mod regions;
+mod replicate;
 mod secrets;
 mod shutdown;
+mod states;
 mod support;

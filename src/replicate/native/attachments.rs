@@ -14,7 +14,8 @@ use reqwest::{Body, RequestBuilder, Response};
 use serde::Deserialize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::task::yield_now;
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
 /// What became of the revision.
@@ -22,8 +23,6 @@ use tokio_util::sync::CancellationToken;
 pub enum Moved {
     /// `bytes` is what the source sent.
     Written { bytes: u64 },
-    /// The source has it no more: compacted, and so replaced by one that comes later in the changes.
-    Superseded,
     /// The target does not want this document, now and later.
     Refused { reason: String },
     /// The target lacks an attachment that the source left out: again, with an empty `atts_since`.
@@ -97,6 +96,8 @@ fn ancestor_generation(doc: &Shallow, atts_since: &[impl AsRef<str>]) -> u64 {
 }
 
 /// Below the source's database. Of `atts_since` the newest are named: an old one saves less.
+/// Without `latest`, with which CouchDB 3.5 answers the winner whatever revision is asked for; so a revision that was compacted
+/// away since the page was read is an error, and the next try reads a page with its successor.
 pub fn source_path(doc_id: &str, rev: &str, atts_since: &[impl AsRef<str>]) -> String {
     let mut path =
         format!("{}?rev={}&revs=true&attachments=true&att_encoding_info=true", encode_doc_id(doc_id), encode_segment(rev));
@@ -133,7 +134,7 @@ pub async fn transfer(source: RequestBuilder, target: RequestBuilder, idle: Dura
         Err(_) => return Err(Side::Source.silent(idle)),
         Ok(Err(error)) => return Err(MoveError::Source(lost(&error))),
         Ok(Ok(response)) if response.status().is_success() => response,
-        Ok(Ok(response)) => return of_source(Answer::read(response, idle).await),
+        Ok(Ok(response)) => return Err(MoveError::Source(Answer::read(response, idle).await.into_error())),
     };
     let Some(content_type) = response.headers().get(header::CONTENT_TYPE).filter(|value| is_document(value)).cloned() else {
         return Err(MoveError::Source(CouchError::Malformed(String::from("neither multipart/related nor JSON"))));
@@ -257,10 +258,19 @@ impl Progress {
 #[error("the source broke off")]
 struct BrokenOff;
 
+/// A target that refuses by the request's head answers within this, and closes; what is written after that is reset, and the
+/// failed write hides the answer. Where attachments are worth a stream, it is not noticed.
+const HEAD_START: Duration = Duration::from_millis(10);
+
 /// The target asks for each chunk, so that asking says that it took the one before.
 fn chunks(response: Response, progress: Arc<Progress>) -> impl Stream<Item = Result<bytes::Bytes, BrokenOff>> + Send {
-    try_unfold((response, progress), |(mut response, progress)| async move {
+    try_unfold((response, progress, 0_u64), |(mut response, progress, count)| async move {
         progress.wait_for(Side::Source, 0);
+        match count {
+            1 => sleep(HEAD_START).await,
+            // Mostly enough to see a later answer before more is written.
+            _ => yield_now().await,
+        }
         let chunk = tokio::select! {
             biased;
             () = progress.stop.cancelled() => return Err(BrokenOff),
@@ -269,7 +279,7 @@ fn chunks(response: Response, progress: Arc<Progress>) -> impl Stream<Item = Res
         match chunk {
             Ok(chunk) => {
                 progress.wait_for(Side::Target, chunk.as_ref().map_or(0, bytes::Bytes::len));
-                Ok(chunk.map(|chunk| (chunk, (response, progress))))
+                Ok(chunk.map(|chunk| (chunk, (response, progress, count + 1))))
             }
             Err(error) => {
                 progress.source_failed(&error);
@@ -335,7 +345,7 @@ impl Answer {
 }
 
 /// Redacted before it is cut: half a URL hides where its password ends.
-fn shown(text: &str) -> String {
+pub fn shown(text: &str) -> String {
     crate::vault::redact_text(text.trim()).chars().take(REASON_CHARS_MAX).collect()
 }
 
@@ -348,16 +358,6 @@ async fn beginning(mut response: Response) -> Vec<u8> {
         body.extend_from_slice(&chunk);
     }
     body
-}
-
-/// The source did not send the document.
-fn of_source(answer: Answer) -> Result<Moved, MoveError> {
-    // A database that is missing has another reason, and a proxy has none.
-    let is_revision = matches!(answer.reason.as_str(), "missing" | "deleted");
-    match answer.status {
-        StatusCode::NOT_FOUND if is_revision => Ok(Moved::Superseded),
-        _ => Err(MoveError::Source(answer.into_error())),
-    }
 }
 
 fn of_target(answer: Answer, bytes: u64) -> Result<Moved, MoveError> {

@@ -9,9 +9,11 @@ use super::peer::{Peer, PeerError};
 use super::shared::Shared;
 use super::slots::{Anchor, Position, Slot, Slots, Unsaved};
 use crate::couch::Seq;
-use std::sync::Arc;
+use futures_util::stream::StreamExt;
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
-use tokio::sync::mpsc;
+use tokio::sync::Notify;
 use tokio::time::Instant;
 
 pub struct Behind {
@@ -20,7 +22,36 @@ pub struct Behind {
     /// How long a checkpoint may stay behind.
     pub after: Duration,
     /// Replicators whose documents may be gone from the target.
-    pub again: mpsc::UnboundedSender<Arc<str>>,
+    pub again: Again,
+}
+
+/// Replicators that have to run again although nobody dirtied them; each once.
+#[derive(Default)]
+pub struct Again {
+    ids: Mutex<BTreeSet<Arc<str>>>,
+    added: Notify,
+}
+
+impl Again {
+    fn ids(&self) -> MutexGuard<'_, BTreeSet<Arc<str>>> {
+        self.ids.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn add(&self, id: Arc<str>) {
+        self.ids().insert(id);
+        self.added.notify_one();
+    }
+
+    pub async fn next(&self) -> Arc<str> {
+        loop {
+            let added = self.added.notified();
+            let id = self.ids().pop_first();
+            match id {
+                Some(id) => return id,
+                None => added.await,
+            }
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,8 +63,10 @@ pub enum Checked {
 
 type Result<T> = std::result::Result<T, PeerError>;
 
-/// Checkpoints written at once when many are due.
+/// Checkpoints written at once when many are due: so many share their requests.
 const AT_ONCE: usize = 256;
+/// A side that could not be written for so long is not waited for any longer.
+const GIVEN_UP_AFTER: Duration = Duration::from_secs(600);
 
 impl Behind {
     pub async fn read_checkpoint(&self, peer: &Peer, id: &Arc<str>) -> Result<Option<Checkpoint>> {
@@ -114,24 +147,31 @@ impl Behind {
         Ok(Anchor { session_id, is_target_only: refused })
     }
 
-    /// Writes what has been behind for so long; those at which a run works are left to it.
-    pub async fn save_older_than(&self, age: Duration) {
+    /// Writes what has been behind for so long; those at which a run works are left to it. Returns the replicators whose
+    /// documents may be gone.
+    pub async fn save_older_than(&self, age: Duration) -> Vec<Arc<str>> {
         let now = Instant::now();
         let due = self.slots.unsaved_since(now.checked_sub(age).unwrap_or(now));
-        for ids in due.chunks(AT_ONCE) {
-            let saving = ids.iter().map(|id| async move {
-                let Some(mut slot) = self.slots.try_hold(id) else { return };
-                let replicator_id = slot.unsaved.as_ref().map(|unsaved| unsaved.replicator_id.clone());
-                match (self.save(id, &mut slot).await, replicator_id) {
-                    (Ok(Checked::Saved), _) | (_, None) => {}
-                    // It is told once more by its next failure; without its reader the process is ending.
-                    (Ok(Checked::Moved), Some(replicator_id)) => drop(self.again.send(replicator_id)),
-                    (Err(error), Some(replicator_id)) => {
-                        tracing::debug!(%replicator_id, %error, "the checkpoint could not be written, it is tried again");
-                    }
+        let saving = due.into_iter().map(|id| self.save_if_idle(id));
+        let saved = futures_util::stream::iter(saving).buffer_unordered(AT_ONCE);
+        saved.filter_map(std::future::ready).collect().await
+    }
+
+    async fn save_if_idle(&self, id: Arc<str>) -> Option<Arc<str>> {
+        let mut slot = self.slots.try_hold(&id)?;
+        let (replicator_id, since) = slot.unsaved.as_ref().map(|unsaved| (unsaved.replicator_id.clone(), unsaved.since))?;
+        match self.save(&id, &mut slot).await {
+            Ok(Checked::Saved) => None,
+            Ok(Checked::Moved) => Some(replicator_id),
+            Err(error) => {
+                tracing::debug!(%replicator_id, %error, "the checkpoint could not be written, it is tried again");
+                if since.elapsed() > self.after + GIVEN_UP_AFTER {
+                    // The next run begins at the checkpoint that there is.
+                    *slot = Slot::default();
+                    self.slots.mark_saved(&id);
                 }
-            });
-            futures_util::future::join_all(saving).await;
+                None
+            }
         }
     }
 
@@ -139,7 +179,9 @@ impl Behind {
     pub async fn forever(&self) {
         loop {
             tokio::time::sleep(self.after / 4).await;
-            self.save_older_than(self.after).await;
+            for replicator_id in self.save_older_than(self.after).await {
+                self.again.add(replicator_id);
+            }
         }
     }
 }

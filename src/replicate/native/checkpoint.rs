@@ -185,19 +185,22 @@ pub fn common(source: Option<&Checkpoint>, target: Option<&Checkpoint>) -> Optio
 
 /// The name of a replication's checkpoint: the same after every restart and in every version, and another one as soon as other
 /// documents would be copied. Passwords are no part of it, so that they may change.
-pub fn replication_id(server_uuid: &str, replicator_id: &str, parameters: &Parameters) -> String {
+///
+/// `filter_code` is the function in the source's design document: edited, it lets others through, of which some are old.
+pub fn replication_id(server_uuid: &str, replicator_id: &str, parameters: &Parameters, filter_code: Option<&str>) -> String {
     let Parameters { source, target, selection, since_seq, winning_revs_only, .. } = parameters;
-    let what = json!([
-        NAMING,
-        server_uuid,
-        replicator_id,
+    let mut what = vec![
+        json!(NAMING),
+        json!(server_uuid),
+        json!(replicator_id),
         identity_of_side(source),
         identity_of_side(target),
         identity_of_selection(selection),
-        since_seq,
-        winning_revs_only,
-    ]);
-    let digest = Sha256::digest(what.to_string().as_bytes());
+        json!(since_seq),
+        json!(winning_revs_only),
+    ];
+    what.extend(filter_code.map(Value::from));
+    let digest = Sha256::digest(Value::from(what).to_string().as_bytes());
     let hex: String = digest.iter().take(16).map(|byte| format!("{byte:02x}")).collect();
     format!("spiegel-{hex}")
 }
@@ -307,7 +310,7 @@ mod tests {
     }
 
     fn id(extra: Value) -> String {
-        replication_id("uuid", "r", &parameters(extra))
+        replication_id("uuid", "r", &parameters(extra), None)
     }
 
     #[test]
@@ -369,9 +372,10 @@ mod tests {
             headers(json!({"Host": "w"})),
         ];
         let mut ids: BTreeSet<String> = different.iter().map(|extra| id(extra.clone())).collect();
-        ids.insert(replication_id("other", "r", &parameters(json!({}))));
-        ids.insert(replication_id("uuid", "other", &parameters(json!({}))));
-        assert_eq!(ids.len(), different.len() + 2);
+        ids.insert(replication_id("other", "r", &parameters(json!({})), None));
+        ids.insert(replication_id("uuid", "other", &parameters(json!({})), None));
+        ids.insert(replication_id("uuid", "r", &parameters(json!({})), Some("function (doc) { return true; }")));
+        assert_eq!(ids.len(), different.len() + 3);
     }
 
     #[test]

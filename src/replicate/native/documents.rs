@@ -3,16 +3,17 @@
 //! Documents travel as the text that came. A few are read at once, together with other replications of the same source; many
 //! are read as a stream and written while it comes, so that memory does not depend on how large they are.
 
-use super::attachments::{Carry, INLINE_BYTES_MAX, Moved, carry};
+use super::attachments::{Carry, INLINE_BYTES_MAX, Moved, carry, shown};
 use super::budget::{Budget, Grown, Reservation};
-use super::elements::{BulkGetElement, ChangesRow, Shallow, Splitter};
+use super::elements::{BulkGetElement, BulkGetError, ChangesRow, Shallow, Splitter};
 use super::peer::{Peer, PeerError, Refused};
 use super::shared::{Document, Shared, pairs};
 use crate::couch::CouchError;
-use futures_util::stream::{StreamExt, TryStreamExt};
+use crate::replicate::RefusedDocument;
+use futures_util::stream::{Stream, StreamExt, TryStreamExt};
 use serde_json::{Value, json};
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// So many revisions are read in one answer that is not streamed, and so long may it be.
 pub const SMALL_GET_REVS: usize = 100;
@@ -26,6 +27,12 @@ const WRITE_BYTES: usize = 1024 * 1024;
 const WRITE_DOCS: usize = 500;
 /// CouchDB takes documents of 8 MB by default; what is longer than this is read by nobody.
 const DOCUMENT_BYTES_MAX: usize = 256 * 1024 * 1024;
+/// Attachments that come inside their documents, in one answer.
+const INLINE_BATCH_BYTES: u64 = 512 * 1024;
+/// Longer than that with its documents, it is not read to its end.
+const INLINE_ANSWER_BYTES_MAX: usize = 4 * 1024 * 1024;
+/// Documents of one page that pass through at once.
+const PIPES: usize = 2;
 /// Revisions for one `_revs_diff`.
 const DIFF_REVS: usize = 1_000;
 
@@ -79,9 +86,14 @@ struct Attached {
 
 pub struct Transfer {
     pub shared: Arc<Shared>,
+    /// For streams.
     pub budget: Budget,
+    /// For answers of a known size, which large documents must not hold up.
+    pub small_budget: Budget,
     pub source: Peer,
     pub target: Peer,
+    /// The first document of this run that the target refused.
+    pub first_refused: OnceLock<RefusedDocument>,
 }
 
 impl Transfer {
@@ -128,7 +140,7 @@ impl Transfer {
 
     /// A few, in one answer.
     async fn small(&self, lacking: Lacking, is_news: bool) -> Result<Counts> {
-        let reservation = self.budget.reserve(SMALL_GET_BYTES as u64).await;
+        let reservation = self.small_budget.reserve(SMALL_GET_BYTES as u64).await;
         let revs = Arc::new(lacking.revs);
         let Some(elements) = self.shared.get(&self.source, revs.clone()).await? else {
             drop(reservation);
@@ -165,12 +177,7 @@ impl Transfer {
     async fn large(&self, lacking: Lacking) -> Result<Counts> {
         let ancestors = &lacking.ancestors;
         let streams = pieces(lacking.revs, STREAM_REVS).map(|piece| self.stream(piece, ancestors));
-        let done = futures_util::stream::iter(streams).buffered(STREAMS);
-        done.try_fold(Counts::default(), async |mut sum, counts| {
-            sum += counts;
-            Ok(sum)
-        })
-        .await
+        sum(futures_util::stream::iter(streams).buffered(STREAMS)).await
     }
 
     /// Writes while it reads. Where the budget is used up it writes early, and then finishes one document beyond it.
@@ -180,7 +187,7 @@ impl Transfer {
         let mut held = self.budget.reserve(0).await;
         let mut response = self.source.bulk_get(&asked, false).await?;
         let mut splitter = Splitter::new(DOCUMENT_BYTES_MAX);
-        let (mut docs, mut attached, mut bytes) = (Vec::new(), Vec::new(), 0);
+        let (mut docs, mut attached, mut bytes, mut answered) = (Vec::new(), Vec::new(), 0, 0);
         while let Some(chunk) = response.chunk().await.map_err(|error| self.source.lost(&error))? {
             let length = chunk.len() as u64;
             if held.grow(length) == Grown::Flush {
@@ -189,6 +196,7 @@ impl Transfer {
             }
             let mut texts = Vec::new();
             splitter.push(chunk, &mut texts).map_err(|error| self.unreadable(&error))?;
+            answered += texts.len();
             for text in &texts {
                 bytes += text.len();
                 let element = BulkGetElement::parse(text).map_err(|error| self.unreadable(&error))?;
@@ -199,6 +207,7 @@ impl Transfer {
             }
         }
         splitter.finish().map_err(|error| self.unreadable(&error))?;
+        self.expect(asked.len(), answered)?;
         counts += self.flush(&mut docs, &mut bytes, &mut held, 0).await?;
         drop(held);
         counts += self.attached(attached, ancestors).await?;
@@ -233,12 +242,7 @@ impl Transfer {
         for doc in element.docs {
             let text = match doc {
                 Ok(text) => text,
-                // Purged, or compacted away since the page was read: its successor has a row of its own.
-                Err(error) if error.error == "not_found" || matches!(error.reason.as_str(), "missing" | "deleted") => continue,
-                Err(error) => {
-                    let reason = format!("{}: {}", error.error, error.reason);
-                    return Err(TransferError::Document { which: "source", id: element.id, reason });
-                }
+                Err(error) => return Err(not_given(&element.id, &error)),
             };
             let shallow = Shallow::parse(&text).map_err(|error| self.unreadable(&error))?;
             if shallow.attachments.is_empty() {
@@ -254,34 +258,41 @@ impl Transfer {
 
     /// Small attachments come inside their documents, large ones pass through without being held.
     async fn attached(&self, attached: Vec<Attached>, ancestors: &HashMap<String, Vec<String>>) -> Result<Counts> {
-        let mut counts = Counts::default();
         let none = Vec::new();
-        for doc in attached {
-            let since = ancestors.get(&doc.id).unwrap_or(&none);
-            counts += match carry(&doc.shallow, since) {
-                // Read again where only stubs will come, too: alone, its stubs can be found missing without holding up others.
-                Carry::AsRead | Carry::Inline => self.inline(&doc, since).await?,
-                Carry::Stream => self.piped(&doc, since).await?,
-            };
+        let since = |doc: &Attached| ancestors.get(&doc.id).unwrap_or(&none).as_slice();
+        // Where only stubs will come it is read again, too: alone, its stubs can be found missing without holding up others.
+        let (large, small): (Vec<_>, Vec<_>) =
+            attached.into_iter().partition(|doc| carry(&doc.shallow, since(doc)) == Carry::Stream);
+        let mut counts = Counts::default();
+        for batch in batches(&small) {
+            counts += self.inline(batch, &since).await?;
         }
+        let mut piped = Vec::with_capacity(large.len());
+        for doc in &large {
+            piped.push(self.piped(doc, since(doc)));
+        }
+        let piped = futures_util::stream::iter(piped).buffered(PIPES);
+        counts += sum(piped).await?;
         Ok(counts)
     }
 
-    async fn inline(&self, doc: &Attached, since: &[String]) -> Result<Counts> {
+    async fn inline<'a>(&self, batch: &[Attached], since: &(dyn Fn(&Attached) -> &'a [String] + Sync)) -> Result<Counts> {
         let mut counts = Counts::default();
-        let held = self.budget.reserve(INLINE_BYTES_MAX * 2).await;
-        let asked = [json!({ "id": doc.id, "rev": doc.rev, "atts_since": since })];
-        let response = self.source.bulk_get(&asked, true).await?;
-        let Some(body) = self.source.read_at_most(response, DOCUMENT_BYTES_MAX).await? else {
-            return Err(TransferError::Document { which: "source", id: doc.id.clone(), reason: String::from("is too large") });
-        };
-        let (mut splitter, mut texts) = (Splitter::new(DOCUMENT_BYTES_MAX), Vec::new());
-        splitter.push(body, &mut texts).map_err(|error| self.unreadable(&error))?;
-        splitter.finish().map_err(|error| self.unreadable(&error))?;
+        let held = self.small_budget.reserve(INLINE_BATCH_BYTES * 2).await;
+        let question = |doc: &Attached| json!({ "id": doc.id, "rev": doc.rev, "atts_since": since(doc) });
+        let asked: Vec<Value> = batch.iter().map(question).collect();
         let mut docs = Vec::new();
-        for text in texts {
-            let element = BulkGetElement::parse(&text).map_err(|error| self.unreadable(&error))?;
-            for text in element.docs.into_iter().flatten() {
+        let Some(elements) = self.whole(&asked).await? else {
+            drop(held);
+            // The documents themselves are large, or their attachments have grown since.
+            for doc in batch {
+                counts += self.piped(doc, since(doc)).await?;
+            }
+            return Ok(counts);
+        };
+        for element in elements {
+            for text in element.docs {
+                let text = text.map_err(|error| not_given(&element.id, &error))?;
                 let shallow = Shallow::parse(&text).map_err(|error| self.unreadable(&error))?;
                 counts.docs_read += 1;
                 counts.bytes_read += text.len() as u64;
@@ -290,23 +301,52 @@ impl Transfer {
         }
         let written = self.write_or_missing_stub(docs).await?;
         drop(held);
-        match written {
-            Some(written) => counts += written,
-            // What it was said to have is not there, or without its attachment: then all of them.
-            None if !since.is_empty() => return Box::pin(self.inline(doc, &[])).await,
-            None => {
+        match (written, batch) {
+            (Some(written), _) => counts += written,
+            // What the target was said to have is not there, or without its attachment: then all of them, one by one.
+            (None, [doc]) if since(doc).is_empty() => {
                 let reason = String::from("the target misses an attachment that was sent");
                 return Err(TransferError::Document { which: "target", id: doc.id.clone(), reason });
+            }
+            (None, batch) => {
+                counts = Counts::default();
+                for doc in batch {
+                    counts += Box::pin(self.inline(std::slice::from_ref(doc), &|_| &[])).await?;
+                }
             }
         }
         Ok(counts)
     }
 
+    /// Documents with their attachments inside; None where the answer is larger than it should be.
+    async fn whole(&self, asked: &[Value]) -> Result<Option<Vec<BulkGetElement>>> {
+        let response = self.source.bulk_get(asked, true).await?;
+        let Some(body) = self.source.read_at_most(response, INLINE_ANSWER_BYTES_MAX).await? else { return Ok(None) };
+        let (mut splitter, mut texts) = (Splitter::new(INLINE_ANSWER_BYTES_MAX), Vec::new());
+        splitter.push(body, &mut texts).map_err(|error| self.unreadable(&error))?;
+        splitter.finish().map_err(|error| self.unreadable(&error))?;
+        self.expect(asked.len(), texts.len())?;
+        let elements = texts.iter().map(|text| BulkGetElement::parse(text).map_err(|error| self.unreadable(&error)));
+        elements.collect::<Result<_>>().map(Some)
+    }
+
+    /// An answer to each question, or what was not answered would count as copied.
+    fn expect(&self, asked: usize, answered: usize) -> Result<()> {
+        match asked == answered {
+            true => Ok(()),
+            false => {
+                let error = format!("_bulk_get: {answered} answers to {asked} questions");
+                Err(self.source.error(CouchError::Malformed(error)).into())
+            }
+        }
+    }
+
     async fn piped(&self, doc: &Attached, since: &[String]) -> Result<Counts> {
         match self.source.move_document(&self.target, &doc.id, &doc.rev, since).await? {
             Moved::Written { bytes } => Ok(Counts { docs_read: 1, docs_written: 1, bytes_read: bytes, ..Counts::default() }),
-            Moved::Superseded => Ok(Counts::default()),
             Moved::Refused { reason } => {
+                // Whether it refuses the document or us, its words do not always tell: then it will not answer this either.
+                self.lacking(vec![(doc.id.clone(), vec![doc.rev.clone()])]).await?;
                 self.say_refused(&doc.id, &reason);
                 Ok(Counts { docs_read: 1, doc_write_failures: 1, ..Counts::default() })
             }
@@ -360,7 +400,7 @@ impl Transfer {
                     let rest = batch.split_off(batch.len() / 2);
                     batches.extend([rest, batch]);
                 }
-                Err(error) if error.is_bad_content() => {
+                Err(error) if error.is_bad_document() => {
                     for doc in &batch {
                         self.say_refused(&doc.id, &error.to_string());
                     }
@@ -387,6 +427,7 @@ impl Transfer {
 
     fn say_refused(&self, id: &str, reason: &str) {
         tracing::debug!(target_db = self.target.db_name(), id, reason, "the target refused a document");
+        self.first_refused.get_or_init(|| RefusedDocument::new(id, reason));
     }
 }
 
@@ -400,21 +441,51 @@ enum Refusal {
 }
 
 impl Refusal {
+    /// What `validate_doc_update` throws is the document's fault whatever it is called, as in CouchDB's replicator.
     fn of(refused: &Refused) -> Self {
         match refused.error.as_str() {
             "missing_stub" => Refusal::MissingStub,
-            "forbidden"
-            | "unauthorized"
-            | "document_too_large"
-            | "too_large"
-            | "bad_request"
-            | "doc_validation"
-            | "illegal_docid"
-            | "attachment_too_large"
-            | "conflict" => Refusal::Document,
-            _ => Refusal::Failure,
+            "timeout"
+            | "internal_server_error"
+            | "internal_fabric_error"
+            | "nodedown"
+            | "too_many_requests"
+            | "service_unavailable"
+            | "insufficient_storage"
+            | "all_workers_died" => Refusal::Failure,
+            _ => Refusal::Document,
         }
     }
+}
+
+/// With `latest=true` even a compacted revision's successor comes: what does not is purged, and gone from the next page, or
+/// not yet where the source looked for it.
+fn not_given(id: &str, error: &BulkGetError) -> TransferError {
+    let reason = shown(&format!("{}: {}", error.error, error.reason));
+    TransferError::Document { which: "source", id: id.to_string(), reason }
+}
+
+async fn sum(counts: impl Stream<Item = Result<Counts>>) -> Result<Counts> {
+    let add = async |mut sum: Counts, counts| {
+        sum += counts;
+        Ok(sum)
+    };
+    counts.try_fold(Counts::default(), add).await
+}
+
+/// Documents whose attachments come inside them, about as many as fit into one answer.
+fn batches(docs: &[Attached]) -> impl Iterator<Item = &[Attached]> {
+    let mut rest = docs;
+    std::iter::from_fn(move || {
+        let mut bytes = 0;
+        let fitting = rest.iter().take_while(|doc| {
+            bytes += doc.shallow.attachments.values().map(|info| info.length.unwrap_or(INLINE_BYTES_MAX)).sum::<u64>();
+            bytes <= INLINE_BATCH_BYTES
+        });
+        let (batch, others) = rest.split_at(fitting.count().clamp(1, WRITE_DOCS).min(rest.len()));
+        rest = others;
+        (!batch.is_empty()).then_some(batch)
+    })
 }
 
 fn count(revs: &Revs) -> u64 {
@@ -436,3 +507,7 @@ fn pieces(revs: Revs, revs_max: usize) -> impl Iterator<Item = Revs> {
         (!piece.is_empty()).then_some(piece)
     })
 }
+
+#[cfg(all(test, feature = "dev"))]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests;

@@ -371,7 +371,7 @@ pub struct BulkGetError {
 }
 
 /// PouchDB's errors have `"error": true` and `"reason": null`.
-fn as_text<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+pub fn as_text<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
     Ok(match Value::deserialize(deserializer)? {
         Value::String(text) => text,
         Value::Null => String::new(),

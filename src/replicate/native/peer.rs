@@ -1,20 +1,23 @@
 //! One side of a replication: a database, the rights to use it, and the requests that the protocol makes of it.
 
 use super::attachments::{MoveError, Moved, source_path, target_path, transfer};
-use super::elements::ChangesRow;
+use super::elements::{ChangesRow, as_text};
 use super::gate::{Gate, Gates};
 use super::parameters::{Rights, Side};
+use super::sessions::Sessions;
 use crate::couch::health::Health;
 use crate::couch::{CouchError, ReadError, Seq, chain_of, encode_doc_id, read_bounded, status_error};
 use crate::telemetry::{Metrics, RequestLabels};
+use crate::vault::Credentials;
 use bytes::Bytes;
-use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue};
+use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, COOKIE, HeaderMap, HeaderValue};
 use reqwest::{Method, RequestBuilder, Response};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -31,9 +34,12 @@ struct Inner {
     base: String,
     db_name: String,
     headers: HeaderMap,
+    credentials: Option<Credentials>,
     rights: Rights,
     gate: Gate,
+    pipes: Gate,
     is_local: bool,
+    requests: AtomicU64,
 }
 
 /// What all peers of a process share.
@@ -44,7 +50,10 @@ pub struct Net {
     /// For what has a watchdog of its own.
     pub patient: reqwest::Client,
     pub gates: Gates,
+    /// For large attachments, which take long and must not take the places of those that do not.
+    pub pipes: Gates,
     pub metrics: Arc<Metrics>,
+    pub sessions: Sessions,
     /// Of the watched server.
     pub health: Health,
 }
@@ -71,6 +80,8 @@ pub struct PeerError {
     pub which: Which,
     /// The watched server's own fault is an outage, and no failed run.
     pub is_local: bool,
+    /// No connection could be made.
+    pub is_out_of_reach: bool,
     pub error: Arc<CouchError>,
 }
 
@@ -80,6 +91,10 @@ impl PeerError {
         matches!(&*self.error, CouchError::NotFound(reason) if !is_missing_document(reason))
     }
 
+    pub fn is_not_found(&self) -> bool {
+        matches!(&*self.error, CouchError::NotFound(_))
+    }
+
     pub fn is_refusal(&self) -> bool {
         matches!(&*self.error, CouchError::Unauthorized(_) | CouchError::Forbidden(_))
     }
@@ -87,6 +102,18 @@ impl PeerError {
     /// The body of the request is at fault: in smaller pieces it shows which document is.
     pub fn is_bad_content(&self) -> bool {
         matches!(&*self.error, CouchError::Status { status: 400 | 413, .. })
+    }
+
+    /// The body held one document, and it is at fault: larger than is allowed, or none that CouchDB takes. Any other 400 may be
+    /// somebody's on the way.
+    pub fn is_bad_document(&self) -> bool {
+        match &*self.error {
+            CouchError::Status { status: 413, .. } => true,
+            CouchError::Status { status: 400, reason } => {
+                ["doc_validation:", "illegal_docid:"].iter().any(|word| reason.starts_with(word))
+            }
+            _ => false,
+        }
     }
 
     pub fn is_missing_stub(&self) -> bool {
@@ -111,6 +138,8 @@ impl PeerError {
 /// CouchDB's words for a document that is not there, against those for a database.
 fn is_missing_document(reason: &str) -> bool {
     ["missing", "deleted"].iter().any(|word| reason == *word || reason.ends_with(&format!(": {word}")))
+        // A design document without the filter that was asked for.
+        || reason.contains("missing json key")
 }
 
 pub type Result<T> = std::result::Result<T, PeerError>;
@@ -145,9 +174,10 @@ pub struct Refused {
     pub id: String,
     #[serde(default)]
     pub rev: Option<String>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "as_text")]
     pub error: String,
-    #[serde(default)]
+    /// A `validate_doc_update` may throw anything.
+    #[serde(default, deserialize_with = "as_text")]
     pub reason: String,
 }
 
@@ -179,15 +209,18 @@ impl Peer {
         for (name, value) in &side.headers {
             headers.insert(name.clone(), value.clone());
         }
-        let gate = net.gates.of(&side.place());
+        let (gate, pipes) = (net.gates.of(&side.place()), net.pipes.of(&side.place()));
         let inner = Inner {
             which,
             base: side.url.as_str().trim_end_matches('/').to_string(),
             db_name: side.db_name.clone(),
             headers,
+            credentials: side.credentials.clone(),
             rights: side.rights(),
             gate,
+            pipes,
             is_local: side.is_local,
+            requests: AtomicU64::new(0),
             net,
         };
         Self { inner: Arc::new(inner) }
@@ -201,9 +234,18 @@ impl Peer {
         &self.inner.db_name
     }
 
+    /// Sent until now: by its run, and by it on behalf of others that asked together with it.
+    pub fn requests(&self) -> u64 {
+        self.inner.requests.load(Ordering::Relaxed)
+    }
+
+    fn count_request(&self) {
+        self.inner.requests.fetch_add(1, Ordering::Relaxed);
+    }
+
     /// Requests may be made together only where both are equal.
     pub fn key(&self) -> (Arc<str>, Rights) {
-        (Arc::from(self.inner.base.as_str()), self.inner.rights.clone())
+        (Arc::from(self.inner.base.as_str()), self.inner.rights)
     }
 
     pub fn request(&self, method: Method, path: &str) -> RequestBuilder {
@@ -215,7 +257,9 @@ impl Peer {
             true => self.inner.base.clone(),
             false => format!("{}/{path}", self.inner.base),
         };
-        client.request(method, url).headers(self.inner.headers.clone())
+        let mut headers = self.inner.headers.clone();
+        self.inner.net.sessions.add_to(self.inner.rights, &mut headers);
+        client.request(method, url).headers(headers)
     }
 
     fn posted(&self, path: &str, body: impl Into<reqwest::Body>) -> RequestBuilder {
@@ -226,31 +270,52 @@ impl Peer {
         if self.inner.is_local && error.is_outage() {
             self.inner.net.health.suspect(&error);
         }
-        PeerError { which: self.inner.which, is_local: self.inner.is_local, error: Arc::new(error) }
+        PeerError { which: self.inner.which, is_local: self.inner.is_local, is_out_of_reach: false, error: Arc::new(error) }
     }
 
     /// A failure that no server is to blame for.
     pub fn error_of_ours(&self, error: CouchError) -> PeerError {
-        PeerError { which: self.inner.which, is_local: false, error: Arc::new(error) }
+        PeerError { which: self.inner.which, is_local: false, is_out_of_reach: false, error: Arc::new(error) }
+    }
+
+    /// Sends, and where the password is not taken, logs in and sends once more.
+    pub async fn send(&self, endpoint: &'static str, request: RequestBuilder) -> Result<Response> {
+        let again = self.inner.credentials.as_ref().zip(request.try_clone());
+        match (self.send_once(endpoint, request).await, again) {
+            (Err(error), Some((credentials, again))) if matches!(&*error.error, CouchError::Unauthorized(_)) => {
+                let Net { http, sessions, .. } = &self.inner.net;
+                let server = self.inner.base.rsplit_once('/').map_or("", |(server, _)| server);
+                match sessions.log_in(http, server, self.inner.rights, credentials).await {
+                    // In place of one that is too old.
+                    Some(cookie) => self.send_once(endpoint, again.headers(HeaderMap::from_iter([(COOKIE, cookie)]))).await,
+                    None => Err(error),
+                }
+            }
+            (result, _) => result,
+        }
     }
 
     /// Waits for a place at the host, sends, counts, and turns a bad status into an error.
-    pub async fn send(&self, endpoint: &'static str, request: RequestBuilder) -> Result<Response> {
+    async fn send_once(&self, endpoint: &'static str, request: RequestBuilder) -> Result<Response> {
         let pass = self.inner.gate.enter().await;
+        self.count_request();
         let started = Instant::now();
         let answer = request.send().await;
         let status = answer.as_ref().map_or(0, |response| response.status().as_u16());
         pass.answered(status, started.elapsed());
         self.inner.net.metrics.couchdb_requests.get_or_create(&RequestLabels { endpoint, status }).inc();
         match answer {
-            Ok(response) if response.status().is_success() => Ok(response),
+            Ok(response) if response.status().is_success() => {
+                self.inner.net.sessions.renew(self.inner.rights, response.headers());
+                Ok(response)
+            }
             Ok(response) => Err(self.error(status_error(response).await)),
             Err(error) => Err(self.lost(&error)),
         }
     }
 
     pub fn lost(&self, error: &reqwest::Error) -> PeerError {
-        self.error(CouchError::Unreachable(chain_of(error)))
+        PeerError { is_out_of_reach: error.is_connect(), ..self.error(CouchError::Unreachable(chain_of(error))) }
     }
 
     async fn body(&self, endpoint: &'static str, request: RequestBuilder) -> Result<Bytes> {
@@ -272,6 +337,15 @@ impl Peer {
         match self.send("db", self.request(Method::PUT, "").query(params)).await {
             Ok(_) => Ok(true),
             Err(error) if matches!(&*error.error, CouchError::Status { status: 412, .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Null where there is none: whoever asks for its filter is told so by CouchDB.
+    pub async fn design_document(&self, name: &str) -> Result<Value> {
+        match self.body("doc", self.request(Method::GET, &encode_doc_id(&format!("_design/{name}")))).await {
+            Ok(body) => self.parsed("doc", &body),
+            Err(error) if matches!(&*error.error, CouchError::NotFound(reason) if is_missing_document(reason)) => Ok(Value::Null),
             Err(error) => Err(error),
         }
     }
@@ -394,17 +468,12 @@ impl Peer {
 
     /// Documents as they came from the source.
     pub async fn write(&self, docs: &[Bytes]) -> Result<Written> {
-        const BEGIN: &[u8] = br#"{"new_edits":false,"docs":["#;
-        let mut body = Vec::with_capacity(docs.iter().map(|doc| doc.len() + 1).sum::<usize>() + BEGIN.len() + 2);
-        body.extend_from_slice(BEGIN);
-        for (at, doc) in docs.iter().enumerate() {
-            if at > 0 {
-                body.push(b',');
-            }
-            body.extend_from_slice(doc);
-        }
-        body.extend_from_slice(b"]}");
-        let response = self.send("_bulk_docs", self.posted("_bulk_docs", body)).await?;
+        let body = bulk_body(docs);
+        let length: usize = body.iter().map(Bytes::len).sum();
+        let pieces = futures_util::stream::iter(body.into_iter().map(Ok::<_, std::convert::Infallible>));
+        // As the pieces that they are: a copy of everything would be memory that no budget knows of.
+        let request = self.posted("_bulk_docs", reqwest::Body::wrap_stream(pieces)).header(CONTENT_LENGTH, length);
+        let response = self.send("_bulk_docs", request).await?;
         let is_confirmed = response.status() != reqwest::StatusCode::ACCEPTED;
         let body = self.read(response).await?;
         let answers: Vec<Refused> = self.parsed("_bulk_docs", &body)?;
@@ -414,8 +483,7 @@ impl Peer {
 
     /// One revision with its attachments, from this source into the target, without holding it.
     pub async fn move_document(&self, target: &Peer, id: &str, rev: &str, atts_since: &[String]) -> Result<Moved> {
-        // A place at the source for both: who holds one and waits for another could wait for himself.
-        let _place = self.inner.gate.enter().await;
+        let _place = target.inner.pipes.enter().await;
         let reading = self.request_by(&self.inner.net.patient, Method::GET, &source_path(id, rev, atts_since));
         let writing = target.request_by(&target.inner.net.patient, Method::PUT, &target_path(id));
         transfer(reading, writing, SILENCE_MAX).await.map_err(|error| match error {
@@ -427,3 +495,16 @@ impl Peer {
 
 /// The longest silence within an answer of either side.
 pub const SILENCE_MAX: Duration = Duration::from_secs(60);
+
+fn bulk_body(docs: &[Bytes]) -> Vec<Bytes> {
+    let mut body = Vec::with_capacity(docs.len() * 2 + 1);
+    body.push(Bytes::from_static(br#"{"new_edits":false,"docs":["#));
+    for (at, doc) in docs.iter().enumerate() {
+        if at > 0 {
+            body.push(Bytes::from_static(b","));
+        }
+        body.push(doc.clone());
+    }
+    body.push(Bytes::from_static(b"]}"));
+    body
+}

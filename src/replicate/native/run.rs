@@ -11,15 +11,18 @@ use super::parameters::{Parameters, Selection};
 use super::peer::{ChangesRequest, Page, Peer};
 use super::slots::{Anchor, Position, Slot, Unsaved};
 use crate::couch::Seq;
+use crate::replicate::Progress;
 use futures_util::future::{BoxFuture, Fuse, FusedFuture, FutureExt};
 use futures_util::stream::{FuturesOrdered, StreamExt};
 use serde_json::json;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 use tokio::time::Instant;
 
 /// Rows of a page, unless the replicator says otherwise.
 const PAGE_ROWS: usize = 1_000;
+/// After so long a run gives way to others, at the end of a page.
+const TURN: Duration = Duration::from_secs(10);
 /// Pages whose documents are on their way at once.
 const PAGES: usize = 3;
 
@@ -31,12 +34,15 @@ pub struct Run<'a> {
     pub parameters: Parameters,
     /// Another replicator goes the other way: the target may well have what is new here.
     pub is_bidirectional: bool,
+    pub progress: Arc<Progress>,
 }
 
 #[derive(Debug, Default)]
 pub struct Done {
     pub counts: Counts,
     pub rows: u64,
+    /// There is more than one turn could bring.
+    pub is_unfinished: bool,
 }
 
 type Result<T> = std::result::Result<T, TransferError>;
@@ -68,10 +74,12 @@ impl Run<'_> {
     }
 
     async fn pages(&self, begin: Begin, is_news: bool, slot: &mut Slot, done: &mut Done) -> Result<()> {
-        let Begin { page, since: start, anchor, .. } = begin;
+        let Begin { page, since: start, mut anchor, .. } = begin;
+        let begun = Instant::now();
         let epoch = self.behind.slots.epoch();
         // What is written while we read is the next run's: a source that never rests must not keep this one.
         let mut left = page.pending.map(|pending| pending.saturating_add(page.rows.len() as u64));
+        let total = left;
         let mut working: FuturesOrdered<BoxFuture<'_, Result<(Seq, u64, Counts)>>> = FuturesOrdered::new();
         let mut reading: Fuse<BoxFuture<'_, Result<Arc<Page>>>> = Fuse::terminated();
         let mut arrived = Some(page);
@@ -85,7 +93,10 @@ impl Run<'_> {
                     || left == Some(0)
                     || page.pending == Some(0)
                     || (page.pending.is_none() && rows < self.limit() as u64);
-                if !is_last {
+                // Without a checkpoint the next turn would begin where this one did.
+                if !is_last && anchor.is_some() && begun.elapsed() > TURN {
+                    done.is_unfinished = true;
+                } else if !is_last {
                     let next = self.transfer.shared.changes(&self.transfer.source, self.changes(Some(page.last_seq.clone())));
                     reading = async { next.await.map_err(TransferError::from) }.boxed().fuse();
                 }
@@ -97,8 +108,10 @@ impl Run<'_> {
                     let (last_seq, rows, counts) = finished?;
                     done.counts += counts;
                     done.rows += rows;
-                    let Some(anchor) = &anchor else { continue };
-                    slot.position = Some(Position { since: last_seq, anchor: anchor.clone(), epoch });
+                    let pending = total.map(|total| total.saturating_sub(done.rows));
+                    self.progress.so_far(super::report(done, &self.transfer), pending, last_seq.number());
+                    let Some(at) = &anchor else { continue };
+                    slot.position = Some(Position { since: last_seq, anchor: at.clone(), epoch });
                     if rows == 0 {
                         continue;
                     }
@@ -121,6 +134,7 @@ impl Run<'_> {
                             return Err(self.moved());
                         }
                         (from, started) = (position.since, SystemTime::now());
+                        anchor = slot.position.as_ref().map(|position| position.anchor.clone());
                     }
                 }
                 else => return Ok(()),
@@ -176,9 +190,16 @@ impl Run<'_> {
         if let Some(position) = known
             && !is_new_target
             && position.anchor.holds(at_source.as_ref(), at_target.as_ref())
-            && let Ok(Some(page)) = page
         {
-            return Ok(Begin { page, since: position.since, anchor: Some(position.anchor), is_known: true });
+            match page {
+                Ok(Some(page)) => {
+                    return Ok(Begin { page, since: position.since, anchor: Some(position.anchor), is_known: true });
+                }
+                // The source does not know the position any more: the checkpoints may have one that it does.
+                Err(TransferError::Peer(error)) if error.error.is_unknown_seq() => {}
+                Err(error) => return Err(error),
+                Ok(None) => {}
+            }
         }
         slot.position = None;
         slot.unsaved = None;

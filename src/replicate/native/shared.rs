@@ -196,13 +196,23 @@ fn get_some(wishes: Vec<GetSome>) -> BoxFuture<'static, Vec<Result<Option<Vec<Bu
                 asked.len() - 1
             });
         }
+        let ids: Vec<&str> = asked.iter().filter_map(|question| question["id"].as_str()).collect();
         match get_small(&first.peer, &asked).await {
-            Ok(Some(elements)) => {
+            Ok(Some(elements)) if wishes.len() == 1 => vec![Ok(Some(elements))],
+            Ok(Some(elements)) if ids.iter().zip(&elements).all(|(id, element)| *id == element.id) => {
                 let own = |wish: &GetSome| {
                     let at = pairs(&wish.revs).filter_map(|pair| places.get(&pair));
                     at.filter_map(|at| elements.get(*at).cloned()).collect()
                 };
                 wishes.iter().map(|wish| Ok(Some(own(wish)))).collect()
+            }
+            // A server that answers in an order of its own (PouchDB's) cannot be asked for several at once.
+            Ok(Some(_)) => {
+                let mut answers = Vec::with_capacity(wishes.len());
+                for wish in wishes {
+                    answers.extend(get_some(vec![wish]).await);
+                }
+                answers
             }
             Ok(None) => wishes.iter().map(|_| Ok(None)).collect(),
             Err(error) => vec![Err(error); wishes.len()],
@@ -214,7 +224,7 @@ pub fn pairs(revs: &[(String, Vec<String>)]) -> impl Iterator<Item = (&str, &str
     revs.iter().flat_map(|(id, revs)| revs.iter().map(move |rev| (id.as_str(), rev.as_str())))
 }
 
-/// One element for each that was asked for, in that order.
+/// One element for each that was asked for.
 async fn get_small(peer: &Peer, asked: &[Value]) -> Result<Option<Vec<BulkGetElement>>> {
     let response = peer.bulk_get(asked, false).await?;
     let Some(body) = peer.read_at_most(response, super::documents::SMALL_GET_BYTES).await? else { return Ok(None) };
@@ -251,7 +261,7 @@ fn write(wishes: Vec<Write>) -> BoxFuture<'static, Vec<Result<Written>>> {
         match first.peer.write(&texts).await {
             Ok(written) if wishes.len() == 1 => vec![Ok(written)],
             Ok(written) => wishes.iter().map(|wish| Ok(own_refusals(&written, &wish.docs))).collect(),
-            Err(error) if wishes.len() > 1 && error.is_about_the_request() => {
+            Err(error) if wishes.len() > 1 && (error.is_about_the_request() || error.is_missing_stub()) => {
                 let mut answers = Vec::with_capacity(wishes.len());
                 for wish in wishes {
                     answers.extend(write(vec![wish]).await);
@@ -295,7 +305,7 @@ fn read_locals(wishes: Vec<ReadLocal>) -> BoxFuture<'static, Vec<Result<Option<B
         match first.peer.read_locals(&ids).await {
             Ok(docs) => docs.into_iter().map(Ok).collect(),
             // Not every server has it; and where the database is missing, each is told so in his own words.
-            Err(error) if error.is_about_the_request() || error.is_missing_database() || error.is_unsupported() => {
+            Err(error) if error.is_about_the_request() || error.is_not_found() || error.is_unsupported() => {
                 let alone = wishes.iter().map(|wish| wish.peer.read_local(&wish.id));
                 futures_util::future::join_all(alone).await
             }

@@ -77,6 +77,23 @@ impl Couch {
         Ok((status, serde_json::from_str(&text).unwrap_or(Value::String(text))))
     }
 
+    /// With a body and for an answer that no JSON value must change.
+    pub async fn ask_text(&self, method: Method, path: &str, body: Option<String>) -> (StatusCode, String) {
+        let request =
+            self.http.request(method.clone(), format!("{}/{path}", self.base)).basic_auth(&self.user, Some(&self.password));
+        let request = request.header("accept", "application/json");
+        let request = match body {
+            Some(body) => request.header("content-type", "application/json").body(body),
+            None => request,
+        };
+        let answer = match request.send().await {
+            Ok(answer) => answer,
+            Err(error) => panic!("{method} {path}: {error:?}"),
+        };
+        let status = answer.status();
+        (status, answer.text().await.unwrap_or_else(|error| panic!("{method} {path}: {error:?}")))
+    }
+
     #[track_caller]
     fn asked(&self, method: Method, path: String, body: Option<Value>) -> impl Future<Output = Value> {
         let (couch, from) = (self.clone(), std::panic::Location::caller());
@@ -87,8 +104,17 @@ impl Couch {
         }
     }
 
+    /// One that was deleted a moment ago may still be there for CouchDB.
     pub async fn create(&self, db: &str) {
-        self.asked(Method::PUT, encode(db), None).await;
+        let mut created = (StatusCode::PRECONDITION_FAILED, Value::Null);
+        for _ in 0..20 {
+            created = self.ask(Method::PUT, &encode(db), None).await;
+            if created.0 != StatusCode::PRECONDITION_FAILED {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        assert!(created.0.is_success(), "create {db}: {} {}", created.0, created.1);
     }
 
     pub async fn delete(&self, db: &str) {
@@ -190,7 +216,7 @@ pub fn encode(text: &str) -> String {
     percent_encoding::utf8_percent_encode(text, &KEEP).to_string()
 }
 
-fn encode_id(id: &str) -> String {
+pub fn encode_id(id: &str) -> String {
     match id.split_once('/') {
         Some((kind @ ("_design" | "_local"), rest)) => format!("{kind}/{}", encode(rest)),
         _ => encode(id),

@@ -20,13 +20,15 @@ pub use wait::{SOON, eventually, stays};
 /// passed over with a line that says so.
 ///
 /// `every`: on every server. `private`: only on those that belong to the test alone, because it would disturb others.
-/// `like_couchdb`: not on PouchDB. `embedded`: for what only the embedded server can be told to do.
+/// `like_couchdb`: not on PouchDB. `embedded`: for what only the embedded server can be told to do. `couchdb`: for what needs its
+/// JavaScript or its users.
 macro_rules! tests_on {
     (
         every: [$($every:ident),* $(,)?]
         $(, private: [$($private:ident),* $(,)?])?
         $(, like_couchdb: [$($like:ident),* $(,)?])?
         $(, embedded: [$($embedded:ident),* $(,)?])?
+        $(, couchdb: [$($couchdb:ident),* $(,)?])?
         $(,)?
     ) => {
         mod embedded {
@@ -36,7 +38,7 @@ macro_rules! tests_on {
             $crate::support::each_on!(PouchDb: $($every)* $($($private)*)?);
         }
         mod couchdb {
-            $crate::support::each_on!(CouchDb: $($every)* $($($like)*)?);
+            $crate::support::each_on!(CouchDb: $($every)* $($($like)*)? $($($couchdb)*)?);
         }
     };
 }

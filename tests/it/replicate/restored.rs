@@ -1,0 +1,208 @@
+//! Databases that are not what they were: made again, or put back from an older copy. Nothing may be missing afterwards.
+
+use super::compare::{assert_nothing_missing, missing};
+use super::{CAUGHT_UP, Pair};
+use crate::support::couch::encode;
+use crate::support::{Lab, eventually, tests_on};
+use reqwest::{Method, StatusCode};
+use serde_json::{Value, json};
+use std::sync::Arc;
+
+tests_on! {
+    every: [],
+    like_couchdb: [a_target_made_again_is_filled_again],
+    embedded: [
+        a_target_made_again_in_the_same_second_is_filled_again,
+        a_target_put_back_from_an_older_copy_is_completed,
+        a_source_put_back_from_an_older_copy_goes_on,
+        a_source_made_again_with_fewer_documents_goes_on,
+        both_sides_put_back_from_copies_of_other_days,
+    ],
+    couchdb: [a_target_rebuilt_with_its_older_checkpoints_is_completed],
+}
+
+/// What no CouchDB has: `POST /_dev/…`.
+async fn control(lab: &Lab, action: &str, db: &str) {
+    let (status, answer) = lab.couch.ask(Method::POST, &format!("_dev/{action}"), Some(json!({ "db": db }))).await;
+    assert_eq!(status, StatusCode::OK, "{action} {db}: {answer}");
+}
+
+async fn nothing_missing(pair: &Pair, when: &str) {
+    let (source, target) = (pair.place(&pair.source.db), pair.place(&pair.ours));
+    let complete = async || missing(source, target).await.is_empty().then_some(());
+    eventually(CAUGHT_UP, format!("{when}: nothing missing"), complete).await;
+    assert_nothing_missing(source, target, when).await;
+}
+
+/// Until both sides' checkpoints cover everything: a copy that is put back sooner has the checkpoint that counts now.
+async fn checkpointed(pair: &Pair) {
+    let couch = &pair.lab.couch;
+    let documents = async |db: &str| {
+        let path = format!("{}/_local_docs?include_docs=true", encode(db));
+        let (_, page) = couch.ask(Method::GET, &path, None).await;
+        let rows = page["rows"].as_array().expect("rows").iter();
+        rows.map(|row| row["doc"].clone()).filter(|doc| doc["source_last_seq"].is_string()).collect::<Vec<_>>()
+    };
+    let covered = async || {
+        let (at_source, at_target) = (documents(&pair.source.db).await, documents(&pair.ours).await);
+        for doc in at_target {
+            let same = |other: &Value| other["_id"] == doc["_id"] && other["session_id"] == doc["session_id"];
+            if !at_source.iter().any(same) {
+                continue;
+            }
+            let since = encode(doc["source_last_seq"].as_str().expect("a sequence"));
+            let page = couch.changes(&pair.source.db, &format!("since={since}&limit=1")).await;
+            if page["results"].as_array().is_some_and(Vec::is_empty) {
+                return Some(());
+            }
+        }
+        None
+    };
+    eventually(CAUGHT_UP, "a checkpoint that covers everything", covered).await;
+}
+
+async fn started(lab: &Arc<Lab>) -> (Pair, crate::support::Spiegel) {
+    let mut pair = Pair::new(lab.clone()).await;
+    pair.source.grow(Pair::size() / 4, 0).await;
+    pair.replicator(json!({})).await;
+    let spiegel = lab.spiegel_with(&[("REPLICATION_CHECKPOINT_AFTER", "200ms")]).await;
+    pair.caught_up("at first").await;
+    checkpointed(&pair).await;
+    (pair, spiegel)
+}
+
+async fn a_target_made_again_is_filled_again(lab: Arc<Lab>) {
+    let (mut pair, _spiegel) = started(&lab).await;
+    lab.couch.delete(&pair.ours).await;
+    lab.couch.create(&pair.ours).await;
+    pair.source.grow(1, 0).await;
+    pair.same("made again, and then a change").await;
+    // It is told of as well.
+    lab.couch.delete(&pair.ours).await;
+    lab.couch.create(&pair.ours).await;
+    pair.same("made again, and no change").await;
+}
+
+async fn a_target_made_again_in_the_same_second_is_filled_again(lab: Arc<Lab>) {
+    let (mut pair, mut spiegel) = started(&lab).await;
+    for restarted in [false, true] {
+        control(&lab, "remake", &pair.ours).await;
+        // As many updates as it had, and other documents.
+        let updates = lab.couch.updates(&pair.source.db).await;
+        lab.couch.fill(&pair.ours, "its own", usize::try_from(updates).expect("a count")).await;
+        if restarted {
+            spiegel.restart().await;
+        }
+        pair.source.grow(1, 0).await;
+        nothing_missing(&pair, "made again in the same second").await;
+    }
+    control(&lab, "remake", &pair.ours).await;
+    pair.source.grow(1, 3).await;
+    pair.same("empty once more").await;
+}
+
+async fn a_target_put_back_from_an_older_copy_is_completed(lab: Arc<Lab>) {
+    let (mut pair, mut spiegel) = started(&lab).await;
+    control(&lab, "snapshot", &pair.ours).await;
+    for restarted in [false, true] {
+        for _ in 0..3 {
+            pair.source.grow(10, 20).await;
+            pair.caught_up("after the copy").await;
+        }
+        checkpointed(&pair).await;
+        control(&lab, "restore", &pair.ours).await;
+        if restarted {
+            spiegel.restart().await;
+        }
+        pair.source.grow(1, 0).await;
+        pair.same("put back").await;
+    }
+}
+
+async fn a_source_put_back_from_an_older_copy_goes_on(lab: Arc<Lab>) {
+    let (mut pair, mut spiegel) = started(&lab).await;
+    control(&lab, "snapshot", &pair.source.db).await;
+    // The lost time was longer than what comes after, as long, and shorter.
+    for (number, (lost, after)) in [(30, 2), (10, 10), (2, 30)].into_iter().enumerate() {
+        lab.couch.fill(&pair.source.db, &format!("lost{number}_"), lost).await;
+        nothing_missing(&pair, "before it is lost").await;
+        checkpointed(&pair).await;
+        control(&lab, "restore", &pair.source.db).await;
+        if number == 1 {
+            spiegel.restart().await;
+        }
+        for one in 0..after {
+            lab.couch.put(&pair.source.db, &format!("after{number}_{one}"), json!({})).await;
+        }
+        nothing_missing(&pair, &format!("{lost} lost and {after} written")).await;
+    }
+    pair.source.grow(3, 0).await;
+    nothing_missing(&pair, "and on").await;
+}
+
+async fn a_source_made_again_with_fewer_documents_goes_on(lab: Arc<Lab>) {
+    let (pair, mut spiegel) = started(&lab).await;
+    for round in 0..3 {
+        control(&lab, "remake", &pair.source.db).await;
+        if round == 1 {
+            spiegel.restart().await;
+        }
+        lab.couch.fill(&pair.source.db, &format!("made again {round} "), 7).await;
+        nothing_missing(&pair, "a source made again").await;
+        lab.couch.fill(&pair.source.db, &format!("and on {round} "), 7).await;
+        nothing_missing(&pair, "and written on").await;
+    }
+}
+
+async fn both_sides_put_back_from_copies_of_other_days(lab: Arc<Lab>) {
+    let (mut pair, mut spiegel) = started(&lab).await;
+    let (source, ours) = (pair.source.db.clone(), pair.ours.clone());
+    for (first, second) in [(&source, &ours), (&ours, &source)] {
+        lab.couch.fill(&source, &format!("day 1 {first} "), 5).await;
+        nothing_missing(&pair, "day 1").await;
+        checkpointed(&pair).await;
+        control(&lab, "snapshot", first).await;
+        lab.couch.fill(&source, &format!("day 2 {first} "), 5).await;
+        nothing_missing(&pair, "day 2").await;
+        checkpointed(&pair).await;
+        control(&lab, "snapshot", second).await;
+        lab.couch.fill(&source, &format!("day 3 {first} "), 5).await;
+        nothing_missing(&pair, "day 3").await;
+        checkpointed(&pair).await;
+        spiegel.stop().await;
+        control(&lab, "restore", &source).await;
+        control(&lab, "restore", &ours).await;
+        lab.couch.fill(&source, &format!("day 4 {first} "), 5).await;
+        spiegel.start_again().await;
+        nothing_missing(&pair, "day 4").await;
+    }
+    pair.source.grow(5, 0).await;
+    nothing_missing(&pair, "and on").await;
+}
+
+/// What an operator without the files does: the documents by replication, the checkpoints by hand.
+async fn a_target_rebuilt_with_its_older_checkpoints_is_completed(lab: Arc<Lab>) {
+    let (mut pair, _spiegel) = started(&lab).await;
+    let copy = lab.create("copy").await;
+    super::reference(&lab, &pair.ours, &copy, json!({})).await;
+    let locals = async |db: &str| {
+        let path = format!("{}/_local_docs?include_docs=true", encode(db));
+        let (_, page) = lab.couch.ask(Method::GET, &path, None).await;
+        page["rows"].as_array().expect("rows").iter().map(|row| row["doc"].clone()).collect::<Vec<Value>>()
+    };
+    let kept = locals(&pair.ours).await;
+    for _ in 0..3 {
+        pair.source.grow(10, 20).await;
+        pair.caught_up("after the copy").await;
+    }
+    lab.couch.delete(&pair.ours).await;
+    lab.couch.create(&pair.ours).await;
+    super::reference(&lab, &copy, &pair.ours, json!({})).await;
+    for mut doc in kept {
+        doc.as_object_mut().expect("an object").shift_remove("_rev");
+        let id = doc["_id"].as_str().expect("an id").to_string();
+        lab.couch.put(&pair.ours, &id, doc).await;
+    }
+    pair.source.grow(1, 0).await;
+    pair.same("rebuilt").await;
+}
