@@ -4,7 +4,7 @@
 
 use super::Bench;
 use crate::couch::Watch;
-use crate::program::Program;
+use crate::program::{Program, cpu_seconds_of, cpu_seconds_of_all};
 use crate::report::{ms_between, percentile, rounded};
 use crate::sides::{Side, requests_since};
 use anyhow::{Context, ensure};
@@ -36,6 +36,30 @@ struct Seen {
     arrived: HashMap<String, Instant>,
 }
 
+/// Seconds used so far.
+struct Cpu {
+    spiegel: f64,
+    bench: f64,
+    all: f64,
+    at: Instant,
+}
+
+impl Cpu {
+    fn of(program: &Program) -> anyhow::Result<Self> {
+        let (spiegel, bench, all) = (program.cpu_seconds()?, cpu_seconds_of("self")?, cpu_seconds_of_all()?);
+        Ok(Self { spiegel, bench, all, at: Instant::now() })
+    }
+
+    /// Of one core.
+    fn percent_since(&self, before: &Self) -> Value {
+        let seconds = self.at.duration_since(before.at).as_secs_f64();
+        let percent = |used: f64| rounded(used / seconds * 100.0);
+        let (spiegel, bench) = (self.spiegel - before.spiegel, self.bench - before.bench);
+        let rest = self.all - before.all - spiegel - bench;
+        json!({ "spiegel": percent(spiegel), "bench": percent(bench), "couchdb_and_the_rest": percent(rest) })
+    }
+}
+
 type Shared = Arc<Mutex<Seen>>;
 
 fn locked(seen: &Shared) -> std::sync::MutexGuard<'_, Seen> {
@@ -64,14 +88,14 @@ pub async fn measure(bench: &Bench, size: Size) -> anyhow::Result<()> {
     let (before, started) = (program.requests().await?, Instant::now());
     let (requests_at_first, rss_after_first_pass) = (before.clone(), program.memory_mb("VmRSS")?);
     let mut minutes = Vec::new();
-    let (mut requests, mut cpu) = (before, program.cpu_seconds()?);
+    let (mut requests, mut cpu) = (before, Cpu::of(&program)?);
     for minute in 0..size.minutes {
         let refused = write_for_a_minute(bench, &sources, minute, &seen).await;
-        let (requests_now, cpu_now) = (program.requests().await?, program.cpu_seconds()?);
+        let (requests_now, cpu_now) = (program.requests().await?, Cpu::of(&program)?);
         let asked: f64 = requests_since(&requests, &requests_now).values().sum();
         let mut figures = of_minute(&seen, minute);
         figures["rss_mb"] = json!(rounded(program.memory_mb("VmRSS")?));
-        figures["cpu_percent"] = json!(rounded((cpu_now - cpu) / 60.0 * 100.0));
+        figures["cpu_percent"] = cpu_now.percent_since(&cpu);
         figures["couchdb_requests_per_change"] = json!(rounded(asked / figures["written"].as_f64().unwrap_or(1.0)));
         figures["writes_refused"] = json!(refused);
         eprintln!("  minute {minute}: {figures}");
@@ -89,7 +113,8 @@ pub async fn measure(bench: &Bench, size: Size) -> anyhow::Result<()> {
             figures[name] = told[name].clone();
         }
     }
-    let (written, all) = (locked(&seen).written.len(), all_lags(&seen));
+    let written = locked(&seen).written.len();
+    let all = all_lags(&seen);
     program.wait_until_settled(LAST_MAX).await?;
     tokio::time::sleep(Duration::from_secs(7)).await;
     let asked = requests_since(&requests_at_first, &program.requests().await?);
