@@ -83,7 +83,7 @@ impl Behind {
             self.slots.mark_saved(id);
             return Ok(Checked::Saved);
         };
-        let Position { since, anchor, epoch, .. } = position.clone();
+        let Position { since, anchor, has_new_documents, epoch, .. } = position.clone();
         let at_source = async {
             match anchor.is_target_only {
                 true => Ok(None),
@@ -103,7 +103,7 @@ impl Behind {
             return Ok(Checked::Moved);
         }
         let anchor = self.write(id, unsaved, &since, at_source.as_ref(), at_target.as_ref(), anchor.is_target_only).await?;
-        slot.position = Some(Position { since, anchor, source_seen: Instant::now(), epoch });
+        slot.position = Some(Position { since, anchor, has_new_documents, source_seen: Instant::now(), epoch });
         slot.unsaved = None;
         self.slots.mark_saved(id);
         Ok(Checked::Saved)

@@ -6,7 +6,7 @@
 use super::attachments::{Carry, INLINE_BYTES_MAX, Moved, carry, shown};
 use super::budget::{Budget, Grown, Reservation};
 use super::elements::{BulkGetElement, BulkGetError, ChangesRow, Shallow, Splitter};
-use super::peer::{Peer, PeerError, Refused};
+use super::peer::{Page, Peer, PeerError, Refused};
 use super::shared::{Document, Shared, pairs};
 use crate::couch::CouchError;
 use crate::replicate::RefusedDocument;
@@ -99,9 +99,23 @@ pub struct Transfer {
 impl Transfer {
     /// `is_news` says that the target cannot have these yet, so that nobody asks it: it costs a document sent twice where
     /// that is wrong, and never one that is missing.
-    pub async fn page(&self, rows: &[ChangesRow], is_news: bool) -> Result<Counts> {
-        let revs: Revs = rows.iter().map(|row| (row.id.clone(), row.revs.clone())).collect();
-        let mut counts = Counts { missing_checked: count(&revs), ..Counts::default() };
+    pub async fn page(&self, page: &Page, is_news: bool) -> Result<Counts> {
+        let is_along = |row: &&ChangesRow| is_news && page.docs.contains_key(&row.id);
+        let along: Vec<Document> = page.rows.iter().filter(is_along).filter_map(|row| document_of(page, row)).collect();
+        let others = page.rows.iter().filter(|row| !is_along(row));
+        let revs: Revs = others.map(|row| (row.id.clone(), row.revs.clone())).collect();
+        let whole = along.len() as u64;
+        let mut counts = Counts {
+            missing_checked: count(&revs) + whole,
+            missing_found: whole,
+            docs_read: whole,
+            bytes_read: along.iter().map(|doc| doc.text.len() as u64).sum(),
+            ..Counts::default()
+        };
+        counts += self.write(along).await?;
+        if revs.is_empty() {
+            return Ok(counts);
+        }
         if is_news && count(&revs) <= SMALL_GET_REVS as u64 {
             counts += self.small(Lacking { revs, ancestors: HashMap::new() }, true).await?;
             return Ok(counts);
@@ -486,6 +500,11 @@ fn batches(docs: &[Attached]) -> impl Iterator<Item = &[Attached]> {
         rest = others;
         (!batch.is_empty()).then_some(batch)
     })
+}
+
+fn document_of(page: &Page, row: &ChangesRow) -> Option<Document> {
+    let (text, rev) = (page.docs.get(&row.id)?, row.revs.first()?);
+    Some(Document { id: row.id.as_str().into(), rev: rev.as_str().into(), text: text.clone() })
 }
 
 fn count(revs: &Revs) -> u64 {

@@ -1,7 +1,8 @@
 //! One side of a replication: a database, the rights to use it, and the requests that the protocol makes of it.
 
 use super::attachments::{MoveError, Moved, source_path, target_path, transfer};
-use super::elements::{ChangesRow, as_text};
+use super::documents::SMALL_GET_BYTES;
+use super::elements::{ChangesRow, Shallow, as_text};
 use super::gate::{Gate, Gates};
 use super::parameters::{Rights, Side};
 use super::sessions::Sessions;
@@ -151,6 +152,8 @@ const ANSWER_BYTES_MAX: usize = 64 * 1024 * 1024;
 #[derive(Debug)]
 pub struct Page {
     pub rows: Vec<ChangesRow>,
+    /// Documents that came along and are whole: first revisions, which have no history, without attachments.
+    pub docs: HashMap<String, Bytes>,
     pub last_seq: Seq,
     /// How many rows come after this page, where the server says it.
     pub pending: Option<u64>,
@@ -161,6 +164,8 @@ pub struct Page {
 pub struct ChangesRequest {
     pub since: Option<Seq>,
     pub limit: usize,
+    /// With the documents, where the answer does not become too large by them.
+    pub with_docs: bool,
     /// `style`, `filter` and its parameters.
     pub query: Arc<[(String, String)]>,
     /// For filters that take one: document ids or a selector.
@@ -416,29 +421,48 @@ impl Peer {
         if let Some(since) = &asked.since {
             request = request.query(&[("since", since.as_query())]);
         }
-        let body = self.body("_changes", request).await?;
+        let body = match asked.with_docs {
+            false => self.body("_changes", request).await?,
+            true => {
+                let response = self.send("_changes", request.query(&[("include_docs", "true")])).await?;
+                match self.read_at_most(response, SMALL_GET_BYTES).await? {
+                    Some(body) => body,
+                    None => return Box::pin(self.changes(&ChangesRequest { with_docs: false, ..asked.clone() })).await,
+                }
+            }
+        };
         #[derive(Deserialize)]
-        struct Raw {
-            results: Vec<RawRow>,
+        struct Raw<'a> {
+            #[serde(borrow)]
+            results: Vec<RawRow<'a>>,
             last_seq: Seq,
             #[serde(default)]
             pending: Option<u64>,
         }
         #[derive(Deserialize)]
-        struct RawRow {
+        struct RawRow<'a> {
             id: String,
             changes: Vec<Leaf>,
             #[serde(default)]
             deleted: bool,
+            #[serde(default, borrow)]
+            doc: Option<&'a RawValue>,
         }
         #[derive(Deserialize)]
         struct Leaf {
             rev: String,
         }
         let Raw { results, last_seq, pending } = self.parsed("_changes", &body)?;
-        let revs_of = |changes: Vec<Leaf>| changes.into_iter().map(|leaf| leaf.rev).collect();
-        let rows = results.into_iter().map(|row| ChangesRow { id: row.id, revs: revs_of(row.changes), deleted: row.deleted });
-        Ok(Page { rows: rows.collect(), last_seq, pending })
+        let mut rows = Vec::with_capacity(results.len());
+        let mut docs = HashMap::new();
+        for row in results {
+            let revs: Vec<String> = row.changes.into_iter().map(|leaf| leaf.rev).collect();
+            if let Some(doc) = row.doc.filter(|doc| is_whole(doc, &row.id, &revs)) {
+                docs.insert(row.id.clone(), body.slice_ref(doc.get().as_bytes()));
+            }
+            rows.push(ChangesRow { id: row.id, revs, deleted: row.deleted });
+        }
+        Ok(Page { rows, docs, last_seq, pending })
     }
 
     pub async fn revs_diff(&self, revs: &HashMap<&str, Vec<&str>>) -> Result<Diff> {
@@ -507,4 +531,12 @@ fn bulk_body(docs: &[Bytes]) -> Vec<Bytes> {
     }
     body.push(Bytes::from_static(b"]}"));
     body
+}
+
+/// A first revision, the only one, without attachments: nothing about it is told by `_bulk_get` alone.
+fn is_whole(doc: &RawValue, id: &str, revs: &[String]) -> bool {
+    let [rev] = revs else { return false };
+    rev.starts_with("1-")
+        && Shallow::parse(doc.get().as_bytes())
+            .is_ok_and(|shallow| shallow.id == id && shallow.rev == *rev && shallow.attachments.is_empty())
 }

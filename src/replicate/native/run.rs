@@ -7,6 +7,7 @@
 use super::behind::{Behind, Checked};
 use super::checkpoint::{Checkpoint, common_ancestor};
 use super::documents::{Counts, Transfer, TransferError};
+use super::elements::ChangesRow;
 use super::parameters::{Parameters, Selection};
 use super::peer::{ChangesRequest, Page, Peer};
 use super::slots::{Anchor, Position, Slot, Unsaved};
@@ -23,6 +24,8 @@ use tokio::time::Instant;
 const PAGE_ROWS: usize = 1_000;
 /// After so long a run gives way to others, at the end of a page.
 const TURN: Duration = Duration::from_secs(10);
+/// Of a page that brings its documents along.
+const NEWS_ROWS: usize = 25;
 /// So long after a look at the source's checkpoint a run does without another.
 const SOURCE_TRUSTED_FOR: Duration = Duration::from_secs(60);
 /// Pages whose documents are on their way at once.
@@ -79,6 +82,7 @@ impl Run<'_> {
     async fn pages(&self, begin: Begin, is_news: bool, slot: &mut Slot, done: &mut Done) -> Result<()> {
         let Begin { page, since: start, mut anchor, mut source_seen, .. } = begin;
         let begun = Instant::now();
+        let has_new_documents = page.rows.iter().filter(|row| is_first(row)).count() * 2 >= page.rows.len();
         let epoch = self.behind.slots.epoch();
         // What is written while we read is the next run's: a source that never rests must not keep this one.
         let mut left = page.pending.map(|pending| pending.saturating_add(page.rows.len() as u64));
@@ -95,7 +99,7 @@ impl Run<'_> {
                 let is_last = rows == 0
                     || left == Some(0)
                     || page.pending == Some(0)
-                    || (page.pending.is_none() && rows < self.limit() as u64);
+                    || (page.pending.is_none() && rows < self.limit().min(NEWS_ROWS) as u64);
                 // Without a checkpoint the next turn would begin where this one did.
                 if !is_last && anchor.is_some() && begun.elapsed() > TURN {
                     done.is_unfinished = true;
@@ -114,7 +118,7 @@ impl Run<'_> {
                     let pending = total.map(|total| total.saturating_sub(done.rows));
                     self.progress.so_far(super::report(done, &self.transfer), pending, last_seq.number());
                     let Some(at) = &anchor else { continue };
-                    slot.position = Some(Position { since: last_seq, anchor: at.clone(), source_seen, epoch });
+                    slot.position = Some(Position { since: last_seq, anchor: at.clone(), source_seen, has_new_documents, epoch });
                     if rows == 0 {
                         continue;
                     }
@@ -155,7 +159,7 @@ impl Run<'_> {
     async fn page(&self, page: Arc<Page>, is_news: bool) -> Result<(Seq, u64, Counts)> {
         let counts = match page.rows.is_empty() {
             true => Counts::default(),
-            false => self.transfer.page(&page.rows, is_news).await?,
+            false => self.transfer.page(&page, is_news).await?,
         };
         Ok((page.last_seq.clone(), page.rows.len() as u64, counts))
     }
@@ -173,7 +177,7 @@ impl Run<'_> {
         let known = slot.position.clone().filter(|position| position.epoch == self.behind.slots.epoch());
         let ahead = async {
             match &known {
-                Some(position) => self.read(position.since.clone()).await.map(Some),
+                Some(position) => self.read_news(position).await.map(Some),
                 None => Ok(None),
             }
         };
@@ -266,7 +270,8 @@ impl Run<'_> {
             }
         };
         let (source_seen, epoch) = (Instant::now(), self.behind.slots.epoch());
-        slot.position = Some(Position { since: since.clone(), anchor: anchor.clone(), source_seen, epoch });
+        slot.position =
+            Some(Position { since: since.clone(), anchor: anchor.clone(), source_seen, has_new_documents: true, epoch });
         let page = self.read(since.clone()).await?;
         Ok(Begin { page, since, anchor: Some(anchor), source_seen, is_known: is_known && alone.is_none() })
     }
@@ -277,6 +282,20 @@ impl Run<'_> {
 
     fn limit(&self) -> usize {
         self.parameters.batch_size.unwrap_or(PAGE_ROWS)
+    }
+
+    /// What comes after a known position is little, mostly, and where it was first revisions the last time, with them.
+    async fn read_news(&self, position: &Position) -> Result<Arc<Page>> {
+        let asked = self.changes(Some(position.since.clone()));
+        let limit = asked.limit.min(NEWS_ROWS);
+        match position.has_new_documents && !self.is_bidirectional && matches!(position.since, Seq::Text(_)) {
+            true => Ok(self
+                .transfer
+                .shared
+                .changes(&self.transfer.source, ChangesRequest { limit, with_docs: true, ..asked })
+                .await?),
+            false => self.read(position.since.clone()).await,
+        }
     }
 
     async fn read(&self, since: Seq) -> Result<Arc<Page>> {
@@ -314,7 +333,7 @@ impl Run<'_> {
                 None
             }
         };
-        ChangesRequest { since, limit: self.limit(), query: query.into(), body }
+        ChangesRequest { since, limit: self.limit(), with_docs: false, query: query.into(), body }
     }
 }
 
@@ -322,4 +341,8 @@ impl Run<'_> {
 /// has nothing new is looked at in any case. A source that counts (PouchDB) may be another one with the same numbers.
 fn is_source_trusted(position: &Position) -> bool {
     position.source_seen.elapsed() < SOURCE_TRUSTED_FOR && matches!(position.since, Seq::Text(_))
+}
+
+fn is_first(row: &ChangesRow) -> bool {
+    matches!(row.revs.as_slice(), [rev] if rev.starts_with("1-"))
 }

@@ -41,6 +41,8 @@ pub struct Position {
     /// Everything up to here is in the target.
     pub since: Seq,
     pub anchor: Anchor,
+    /// Most of what came last were first revisions: the next may come with the changes.
+    pub has_new_documents: bool,
     /// When the source was last read to say so.
     pub source_seen: Instant,
     /// Of `Slots::epoch`: what was true before an outage need not be true after it.
