@@ -3,7 +3,7 @@
 //! `cargo bench --bench spiegel -- --url http://admin:password@127.0.0.1:5984 [--binary FILE] [--rows webhook,memory]`
 //!
 //! The program runs as a child process with its defaults, but for what a row says in `settings`. Every database of a run has the
-//! run's prefix and is deleted at its end, an error's or Ctrl-C's too. Figures go to stdout, progress to stderr.
+//! run's prefix and is deleted at its end, an error's, Ctrl-C's or SIGTERM's too. Figures go to stdout, progress to stderr.
 
 // It takes variables of its own, and not the program's settings.
 #![allow(clippy::disallowed_methods)]
@@ -22,6 +22,7 @@ use rows::Bench;
 use sides::Side;
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
+use tokio::signal::unix::{SignalKind, signal};
 
 #[derive(Debug, Parser)]
 #[command(name = "spiegel-bench", about = "Measures Spiegel against a real CouchDB, one JSON line a row")]
@@ -112,9 +113,11 @@ async fn run(args: Args) -> anyhow::Result<()> {
     eprintln!("CouchDB {version}, {}, databases {prefix}_…", args.binary.display());
     let bench =
         Bench { couch: couch.clone(), couchdb_version: version, url: args.url.clone(), binary: args.binary.clone(), prefix };
+    let mut terminated = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
     let measured = tokio::select! {
         measured = measure(&bench, &args) => measured,
         _ = tokio::signal::ctrl_c() => Err(anyhow::anyhow!("interrupted")),
+        _ = terminated.recv() => Err(anyhow::anyhow!("terminated")),
     };
     eprintln!("cleaning up");
     couch.delete_everything_of(&bench.prefix).await.context("clean up")?;
