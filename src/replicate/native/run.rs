@@ -196,8 +196,11 @@ impl Run<'_> {
             }
             other => (other?, false),
         };
-        // Somebody says that there is news, and the source that there is none: it may have gone back.
-        let has_news = matches!(&page, Ok(Some(page)) if !page.rows.is_empty());
+        // A source that has fewer updates than it had was put back from an older copy, perhaps since the last checkpoint. On a
+        // cluster the numbers differ by node, and then a comparison is made for nothing.
+        let went_back = matches!((&known, &page), (Some(known), Ok(Some(page))) if page.last_seq.number() < known.since.number());
+        // Somebody says that there is news, and the source that there is none: it, too, may have gone back.
+        let has_news = matches!(&page, Ok(Some(page)) if !page.rows.is_empty()) && !went_back;
         let holds_at_target = known.as_ref().is_some_and(|position| position.anchor.holds_at_target(at_target.as_ref()));
         let is_source_left_out = skips_source && has_news && holds_at_target && !is_new_target;
         let at_source = match skips_source && !is_source_left_out {
@@ -212,6 +215,7 @@ impl Run<'_> {
         if let Some(Position { since, anchor, source_seen, .. }) = known
             && holds_at_target
             && !is_new_target
+            && !went_back
             && (is_source_left_out || anchor.holds_at_source(at_source.as_ref()))
         {
             let source_seen = match is_source_left_out {

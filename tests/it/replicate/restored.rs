@@ -15,6 +15,7 @@ tests_on! {
         a_target_made_again_in_the_same_second_is_filled_again,
         a_target_put_back_from_an_older_copy_is_completed,
         a_source_put_back_from_an_older_copy_goes_on,
+        a_source_put_back_between_two_checkpoints_goes_on,
         a_source_made_again_with_fewer_documents_goes_on,
         both_sides_put_back_from_copies_of_other_days,
     ],
@@ -138,6 +139,21 @@ async fn a_source_put_back_from_an_older_copy_goes_on(lab: Arc<Lab>) {
     }
     pair.source.grow(3, 0).await;
     nothing_missing(&pair, "and on").await;
+}
+
+/// The copy tells of the same checkpoint as the source that it replaces; that it has fewer updates tells them apart.
+async fn a_source_put_back_between_two_checkpoints_goes_on(lab: Arc<Lab>) {
+    let mut pair = Pair::new(lab.clone()).await;
+    pair.source.grow(Pair::size() / 4, 0).await;
+    pair.replicator(json!({})).await;
+    let _spiegel = lab.spiegel_with(&[("REPLICATION_CHECKPOINT_AFTER", "10m")]).await;
+    pair.caught_up("at first").await;
+    control(&lab, "snapshot", &pair.source.db).await;
+    lab.couch.fill(&pair.source.db, "lost", 30).await;
+    nothing_missing(&pair, "before it is lost").await;
+    control(&lab, "restore", &pair.source.db).await;
+    lab.couch.fill(&pair.source.db, "after", 2).await;
+    nothing_missing(&pair, "put back, and written").await;
 }
 
 async fn a_source_made_again_with_fewer_documents_goes_on(lab: Arc<Lab>) {
