@@ -83,7 +83,7 @@ impl Behind {
             self.slots.mark_saved(id);
             return Ok(Checked::Saved);
         };
-        let Position { since, anchor, has_new_documents, epoch, .. } = position.clone();
+        let Position { since, anchor, epoch, .. } = position;
         let at_source = async {
             match anchor.is_target_only {
                 true => Ok(None),
@@ -96,17 +96,21 @@ impl Behind {
             (Err(error), _) | (_, Err(error)) if !gone(&error) => return Err(error),
             (at_source, at_target) => (at_source.ok().flatten(), at_target.ok().flatten()),
         };
-        if epoch != self.slots.epoch() || !anchor.holds(at_source.as_ref(), at_target.as_ref()) {
-            slot.position = None;
-            slot.unsaved = None;
-            self.slots.mark_saved(id);
+        if *epoch != self.slots.epoch() || !anchor.holds(at_source.as_ref(), at_target.as_ref()) {
+            self.forget(id, slot);
             return Ok(Checked::Moved);
         }
-        let anchor = self.write(id, unsaved, &since, at_source.as_ref(), at_target.as_ref(), anchor.is_target_only).await?;
-        slot.position = Some(Position { since, anchor, has_new_documents, source_seen: Instant::now(), epoch });
+        let anchor = self.write(id, unsaved, since, at_source.as_ref(), at_target.as_ref(), anchor.is_target_only).await?;
+        slot.position = Some(Position { anchor, source_seen: Instant::now(), ..position.clone() });
         slot.unsaved = None;
         self.slots.mark_saved(id);
         Ok(Checked::Saved)
+    }
+
+    /// The next run begins where the checkpoints say.
+    pub fn forget(&self, id: &str, slot: &mut Slot) {
+        *slot = Slot::default();
+        self.slots.mark_saved(id);
     }
 
     /// A new session on both sides; on the target alone where the source takes none.
@@ -166,9 +170,7 @@ impl Behind {
             Err(error) => {
                 tracing::debug!(%replicator_id, %error, "the checkpoint could not be written, it is tried again");
                 if since.elapsed() > self.after + GIVEN_UP_AFTER {
-                    // The next run begins at the checkpoint that there is.
-                    *slot = Slot::default();
-                    self.slots.mark_saved(&id);
+                    self.forget(&id, &mut slot);
                 }
                 None
             }

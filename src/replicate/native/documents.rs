@@ -8,8 +8,8 @@ use super::budget::{Budget, Grown, Reservation};
 use super::elements::{BulkGetElement, BulkGetError, ChangesRow, Shallow, Splitter};
 use super::peer::{Page, Peer, PeerError, Refused};
 use super::shared::{Document, Shared, pairs};
-use crate::couch::CouchError;
 use crate::replicate::RefusedDocument;
+use bytes::Bytes;
 use futures_util::stream::{Stream, StreamExt, TryStreamExt};
 use serde_json::{Value, json};
 use std::collections::HashMap;
@@ -221,7 +221,7 @@ impl Transfer {
             }
         }
         splitter.finish().map_err(|error| self.unreadable(&error))?;
-        self.expect(asked.len(), answered)?;
+        self.source.expect_answers(asked.len(), answered)?;
         counts += self.flush(&mut docs, &mut bytes, &mut held, 0).await?;
         drop(held);
         counts += self.attached(attached, ancestors).await?;
@@ -242,7 +242,7 @@ impl Transfer {
     }
 
     fn unreadable(&self, error: &super::elements::ElementsError) -> TransferError {
-        self.source.error(CouchError::Malformed(format!("_bulk_get: {error}"))).into()
+        self.source.bulk_get_malformed(error).into()
     }
 
     /// Documents that are whole, and those whose attachments are still at the source.
@@ -260,9 +260,7 @@ impl Transfer {
             };
             let shallow = Shallow::parse(&text).map_err(|error| self.unreadable(&error))?;
             if shallow.attachments.is_empty() {
-                counts.docs_read += 1;
-                counts.bytes_read += text.len() as u64;
-                docs.push(Document { id: shallow.id.into(), rev: shallow.rev.into(), text });
+                docs.push(read(text, shallow, counts));
             } else {
                 attached.push(Attached { id: shallow.id.clone(), rev: shallow.rev.clone(), shallow });
             }
@@ -296,7 +294,7 @@ impl Transfer {
         let question = |doc: &Attached| json!({ "id": doc.id, "rev": doc.rev, "atts_since": since(doc) });
         let asked: Vec<Value> = batch.iter().map(question).collect();
         let mut docs = Vec::new();
-        let Some(elements) = self.whole(&asked).await? else {
+        let Some(elements) = self.source.bulk_get_whole(&asked, true, INLINE_ANSWER_BYTES_MAX).await? else {
             drop(held);
             // The documents themselves are large, or their attachments have grown since.
             for doc in batch {
@@ -308,9 +306,7 @@ impl Transfer {
             for text in element.docs {
                 let text = text.map_err(|error| not_given(&element.id, &error))?;
                 let shallow = Shallow::parse(&text).map_err(|error| self.unreadable(&error))?;
-                counts.docs_read += 1;
-                counts.bytes_read += text.len() as u64;
-                docs.push(Document { id: shallow.id.into(), rev: shallow.rev.into(), text });
+                docs.push(read(text, shallow, &mut counts));
             }
         }
         let written = self.write_or_missing_stub(docs).await?;
@@ -330,29 +326,6 @@ impl Transfer {
             }
         }
         Ok(counts)
-    }
-
-    /// Documents with their attachments inside; None where the answer is larger than it should be.
-    async fn whole(&self, asked: &[Value]) -> Result<Option<Vec<BulkGetElement>>> {
-        let response = self.source.bulk_get(asked, true).await?;
-        let Some(body) = self.source.read_at_most(response, INLINE_ANSWER_BYTES_MAX).await? else { return Ok(None) };
-        let (mut splitter, mut texts) = (Splitter::new(INLINE_ANSWER_BYTES_MAX), Vec::new());
-        splitter.push(body, &mut texts).map_err(|error| self.unreadable(&error))?;
-        splitter.finish().map_err(|error| self.unreadable(&error))?;
-        self.expect(asked.len(), texts.len())?;
-        let elements = texts.iter().map(|text| BulkGetElement::parse(text).map_err(|error| self.unreadable(&error)));
-        elements.collect::<Result<_>>().map(Some)
-    }
-
-    /// An answer to each question, or what was not answered would count as copied.
-    fn expect(&self, asked: usize, answered: usize) -> Result<()> {
-        match asked == answered {
-            true => Ok(()),
-            false => {
-                let error = format!("_bulk_get: {answered} answers to {asked} questions");
-                Err(self.source.error(CouchError::Malformed(error)).into())
-            }
-        }
     }
 
     async fn piped(&self, doc: &Attached, since: &[String]) -> Result<Counts> {
@@ -470,6 +443,12 @@ impl Refusal {
             _ => Refusal::Document,
         }
     }
+}
+
+fn read(text: Bytes, shallow: Shallow, counts: &mut Counts) -> Document {
+    counts.docs_read += 1;
+    counts.bytes_read += text.len() as u64;
+    Document { id: shallow.id.into(), rev: shallow.rev.into(), text }
 }
 
 /// With `latest=true` even a compacted revision's successor comes: what does not is purged, and gone from the next page, or

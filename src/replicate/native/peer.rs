@@ -2,7 +2,7 @@
 
 use super::attachments::{MoveError, Moved, source_path, target_path, transfer};
 use super::documents::SMALL_GET_BYTES;
-use super::elements::{ChangesRow, Shallow, as_text};
+use super::elements::{BulkGetElement, ChangesRow, Shallow, Splitter, as_text};
 use super::gate::{Gate, Gates};
 use super::parameters::{Rights, Side};
 use super::sessions::Sessions;
@@ -229,10 +229,6 @@ impl Peer {
             net,
         };
         Self { inner: Arc::new(inner) }
-    }
-
-    pub fn which(&self) -> Which {
-        self.inner.which
     }
 
     pub fn db_name(&self) -> &str {
@@ -479,6 +475,35 @@ impl Peer {
             request = request.query(&[("attachments", "true")]);
         }
         self.send("_bulk_get", request).await
+    }
+
+    /// One element for each that was asked for; None where the answer is longer than `bytes_max`.
+    pub async fn bulk_get_whole(
+        &self,
+        docs: &[Value],
+        with_attachments: bool,
+        bytes_max: usize,
+    ) -> Result<Option<Vec<BulkGetElement>>> {
+        let response = self.bulk_get(docs, with_attachments).await?;
+        let Some(body) = self.read_at_most(response, bytes_max).await? else { return Ok(None) };
+        let (mut splitter, mut texts) = (Splitter::new(bytes_max), Vec::new());
+        splitter.push(body, &mut texts).map_err(|error| self.bulk_get_malformed(error))?;
+        splitter.finish().map_err(|error| self.bulk_get_malformed(error))?;
+        self.expect_answers(docs.len(), texts.len())?;
+        let elements: std::result::Result<_, _> = texts.iter().map(BulkGetElement::parse).collect();
+        elements.map(Some).map_err(|error| self.bulk_get_malformed(error))
+    }
+
+    /// An answer to each question, or what was not answered would count as copied.
+    pub fn expect_answers(&self, asked: usize, answered: usize) -> Result<()> {
+        match asked == answered {
+            true => Ok(()),
+            false => Err(self.bulk_get_malformed(format!("{answered} answers to {asked} questions"))),
+        }
+    }
+
+    pub fn bulk_get_malformed(&self, what: impl std::fmt::Display) -> PeerError {
+        self.error(CouchError::Malformed(format!("_bulk_get: {what}")))
     }
 
     /// The whole body of an answer, where it is no longer than `bytes_max`.

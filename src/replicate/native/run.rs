@@ -122,15 +122,7 @@ impl Run<'_> {
                     if rows == 0 {
                         continue;
                     }
-                    let unsaved = slot.unsaved.get_or_insert_with(|| Unsaved {
-                        replicator_id: self.replicator_id.clone(),
-                        source: self.transfer.source.clone(),
-                        target: self.transfer.target.clone(),
-                        start: from.clone(),
-                        counts: Counts::default(),
-                        started,
-                        since: Instant::now(),
-                    });
+                    let unsaved = slot.unsaved.get_or_insert_with(|| self.unsaved(from.clone(), started));
                     unsaved.counts += counts;
                     self.behind.slots.mark_unsaved(&self.id, unsaved.since);
                     if unsaved.since.elapsed() >= self.behind.after
@@ -230,9 +222,7 @@ impl Run<'_> {
                 Ok(None) => {}
             }
         }
-        slot.position = None;
-        slot.unsaved = None;
-        self.behind.slots.mark_saved(&self.id);
+        self.behind.forget(&self.id, slot);
         self.compare(at_source, at_target, source_refuses, slot).await
     }
 
@@ -244,7 +234,7 @@ impl Run<'_> {
         source_refuses: bool,
         slot: &mut Slot,
     ) -> Result<Begin> {
-        let (source, target) = (&self.transfer.source, &self.transfer.target);
+        let source = &self.transfer.source;
         let alone = match &at_target {
             Some(checkpoint) if at_source.is_none() && checkpoint.source_refused.is_some() => {
                 checkpoint.trusted_alone(&source.instance_start_time().await?).cloned()
@@ -261,15 +251,7 @@ impl Run<'_> {
             }
             (None, Some(session_id)) if alone.is_some() => Anchor { session_id, is_target_only: true },
             _ => {
-                let begun = Unsaved {
-                    replicator_id: self.replicator_id.clone(),
-                    source: source.clone(),
-                    target: target.clone(),
-                    start: since.clone(),
-                    counts: Counts::default(),
-                    started: SystemTime::now(),
-                    since: Instant::now(),
-                };
+                let begun = self.unsaved(since.clone(), SystemTime::now());
                 self.behind.write(&self.id, &begun, &since, at_source.as_ref(), at_target.as_ref(), source_refuses).await?
             }
         };
@@ -278,6 +260,18 @@ impl Run<'_> {
             Some(Position { since: since.clone(), anchor: anchor.clone(), source_seen, has_new_documents: true, epoch });
         let page = self.read(since.clone()).await?;
         Ok(Begin { page, since, anchor: Some(anchor), source_seen, is_known: is_known && alone.is_none() })
+    }
+
+    fn unsaved(&self, start: Seq, started: SystemTime) -> Unsaved {
+        Unsaved {
+            replicator_id: self.replicator_id.clone(),
+            source: self.transfer.source.clone(),
+            target: self.transfer.target.clone(),
+            start,
+            counts: Counts::default(),
+            started,
+            since: Instant::now(),
+        }
     }
 
     fn first(&self) -> Seq {

@@ -88,6 +88,15 @@ fn lost_in_company(peer: &Peer) -> PeerError {
     peer.error_of_ours(CouchError::Malformed(String::from("a request for several replications broke off")))
 }
 
+/// What went wrong in company, one by one.
+async fn alone<W: Wish>(wishes: Vec<W>, ask: fn(Vec<W>) -> BoxFuture<'static, Vec<W::Answer>>) -> Vec<W::Answer> {
+    let mut answers = Vec::with_capacity(wishes.len());
+    for wish in wishes {
+        answers.extend(ask(vec![wish]).await);
+    }
+    answers
+}
+
 /// A document as it travels: its text is not looked into.
 #[derive(Debug, Clone)]
 pub struct Document {
@@ -148,15 +157,9 @@ fn ask_diffs(wishes: Vec<AskDiff>) -> BoxFuture<'static, Vec<Result<Diff>>> {
             }
         }
         match first.peer.revs_diff(&asked).await {
-            Ok(mut diff) if wishes.len() == 1 => vec![Ok(std::mem::take(&mut diff))],
+            Ok(diff) if wishes.len() == 1 => vec![Ok(diff)],
             Ok(diff) => wishes.iter().map(|wish| Ok(own_part(&diff, &wish.revs))).collect(),
-            Err(error) if wishes.len() > 1 && error.is_about_the_request() => {
-                let mut answers = Vec::with_capacity(wishes.len());
-                for wish in wishes {
-                    answers.extend(ask_diffs(vec![wish]).await);
-                }
-                answers
-            }
+            Err(error) if wishes.len() > 1 && error.is_about_the_request() => alone(wishes, ask_diffs).await,
             Err(error) => vec![Err(error); wishes.len()],
         }
     })
@@ -197,7 +200,7 @@ fn get_some(wishes: Vec<GetSome>) -> BoxFuture<'static, Vec<Result<Option<Vec<Bu
             });
         }
         let ids: Vec<&str> = asked.iter().filter_map(|question| question["id"].as_str()).collect();
-        match get_small(&first.peer, &asked).await {
+        match first.peer.bulk_get_whole(&asked, false, super::documents::SMALL_GET_BYTES).await {
             Ok(Some(elements)) if wishes.len() == 1 => vec![Ok(Some(elements))],
             Ok(Some(elements)) if ids.iter().zip(&elements).all(|(id, element)| *id == element.id) => {
                 let own = |wish: &GetSome| {
@@ -207,13 +210,7 @@ fn get_some(wishes: Vec<GetSome>) -> BoxFuture<'static, Vec<Result<Option<Vec<Bu
                 wishes.iter().map(|wish| Ok(Some(own(wish)))).collect()
             }
             // A server that answers in an order of its own (PouchDB's) cannot be asked for several at once.
-            Ok(Some(_)) => {
-                let mut answers = Vec::with_capacity(wishes.len());
-                for wish in wishes {
-                    answers.extend(get_some(vec![wish]).await);
-                }
-                answers
-            }
+            Ok(Some(_)) => alone(wishes, get_some).await,
             Ok(None) => wishes.iter().map(|_| Ok(None)).collect(),
             Err(error) => vec![Err(error); wishes.len()],
         }
@@ -222,22 +219,6 @@ fn get_some(wishes: Vec<GetSome>) -> BoxFuture<'static, Vec<Result<Option<Vec<Bu
 
 pub fn pairs(revs: &[(String, Vec<String>)]) -> impl Iterator<Item = (&str, &str)> {
     revs.iter().flat_map(|(id, revs)| revs.iter().map(move |rev| (id.as_str(), rev.as_str())))
-}
-
-/// One element for each that was asked for.
-async fn get_small(peer: &Peer, asked: &[Value]) -> Result<Option<Vec<BulkGetElement>>> {
-    let response = peer.bulk_get(asked, false).await?;
-    let Some(body) = peer.read_at_most(response, super::documents::SMALL_GET_BYTES).await? else { return Ok(None) };
-    let malformed = |what: String| peer.error(CouchError::Malformed(format!("_bulk_get: {what}")));
-    let mut splitter = super::elements::Splitter::new(super::documents::SMALL_GET_BYTES);
-    let mut texts = Vec::new();
-    splitter.push(body, &mut texts).map_err(|error| malformed(error.to_string()))?;
-    splitter.finish().map_err(|error| malformed(error.to_string()))?;
-    if texts.len() != asked.len() {
-        return Err(malformed(format!("{} answers to {} questions", texts.len(), asked.len())));
-    }
-    let elements: std::result::Result<Vec<_>, _> = texts.iter().map(BulkGetElement::parse).collect();
-    elements.map(Some).map_err(|error| malformed(error.to_string()))
 }
 
 struct Write {
@@ -262,11 +243,7 @@ fn write(wishes: Vec<Write>) -> BoxFuture<'static, Vec<Result<Written>>> {
             Ok(written) if wishes.len() == 1 => vec![Ok(written)],
             Ok(written) => wishes.iter().map(|wish| Ok(own_refusals(&written, &wish.docs))).collect(),
             Err(error) if wishes.len() > 1 && (error.is_about_the_request() || error.is_missing_stub()) => {
-                let mut answers = Vec::with_capacity(wishes.len());
-                for wish in wishes {
-                    answers.extend(write(vec![wish]).await);
-                }
-                answers
+                alone(wishes, write).await
             }
             Err(error) => vec![Err(error); wishes.len()],
         }
