@@ -10,28 +10,61 @@ use std::time::{Duration, SystemTime};
 pub type DbName = Arc<str>;
 
 /// What a failure means, decided where the protocol is known (`couch`, `webhook`, `replicate`) and obeyed in `schedule`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
     /// Worth another try, not before `after` where the other side asked for it.
     Retry { after: Option<Duration> },
+    /// Worth another try, but not a quick one: the other side understood, and said no.
+    Later,
     /// Trying the same again cannot help: somebody must change something first.
     GiveUp,
+    /// The receiver wants nothing more of this kind.
+    Gone,
 }
 
 /// How a job ended, as told to whoever waits for it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
     Done,
-    /// Failed past the fast retries. `after` is the other side's wish, such as `Retry-After`.
-    Failed {
-        error: String,
-        after: Option<Duration>,
-    },
+    /// Failed past the fast retries.
+    Failed(Failed),
     /// The database that it works on does not exist: no try helps until somebody makes it, and after a while the work itself may
     /// be given up.
     Missing {
         error: String,
     },
+    /// It was not this job's turn to be tried: its host is not asked before `after`.
+    Unsent {
+        error: String,
+        after: Duration,
+    },
+}
+
+/// The last attempt of a job that failed. No text in it holds a secret.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failed {
+    pub error: String,
+    pub verdict: Verdict,
+    pub attempts: u32,
+    /// None where none came.
+    pub answer: Option<Answer>,
+}
+
+impl Failed {
+    /// The other side's wish, such as `Retry-After`.
+    pub fn after(&self) -> Option<Duration> {
+        match self.verdict {
+            Verdict::Retry { after } => after,
+            _ => None,
+        }
+    }
+}
+
+/// What the other side said, cut to a bound and without what it echoed of our secrets.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Answer {
+    pub status: u16,
+    pub excerpt: String,
 }
 
 /// As documents carry time. Years beyond 9999 cannot be written; a document of somebody else's may ask for one.

@@ -329,7 +329,7 @@ fn outcome_of(report: &Report) -> &'static str {
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 mod tests {
     use super::*;
-    use crate::job::Outcome;
+    use crate::job::{Failed, Outcome};
     use crate::schedule::{DispatcherArguments, DispatcherMsg};
     use ractor::{Actor, ActorRef};
     use std::sync::Mutex;
@@ -419,9 +419,9 @@ mod tests {
         .await;
         let Ok(Outcome::Missing { error }) = submit(&pool, "a").await else { panic!("missing") };
         assert_eq!(error, "source or target is missing: could not open http://host/a/");
-        let Ok(Outcome::Failed { error, .. }) = submit(&pool, "a").await else { panic!("failed at once") };
+        let Ok(Outcome::Failed(Failed { error, .. })) = submit(&pool, "a").await else { panic!("failed at once") };
         assert_eq!(error, "source or target refused the credentials: wrong password");
-        let Ok(Outcome::Failed { error, .. }) = submit(&pool, "a").await else { panic!("failed after a retry") };
+        let Ok(Outcome::Failed(Failed { error, .. })) = submit(&pool, "a").await else { panic!("failed after a retry") };
         assert_eq!(error, "source or target does not answer: no such host");
         assert_eq!(submit(&pool, "a").await, Ok(Outcome::Done));
     }

@@ -14,7 +14,7 @@ pub mod queue;
 pub use backoff::Backoff;
 pub use queue::{Spec, Waiter};
 
-use crate::job::{Outcome, Verdict};
+use crate::job::{Answer, Failed, Outcome, Verdict};
 use backoff::DELAY_MAX;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
@@ -68,11 +68,12 @@ pub struct Failure {
     pub verdict: Verdict,
     /// It failed because a database does not exist (`Outcome::Missing`). Never retried here.
     pub missing: bool,
+    pub answer: Option<Answer>,
 }
 
 impl Failure {
     pub fn new(error: impl Into<String>, verdict: Verdict) -> Self {
-        Self { error: error.into(), verdict, missing: false }
+        Self { error: error.into(), verdict, missing: false, answer: None }
     }
 
     pub fn retry(error: impl Into<String>) -> Self {
@@ -84,7 +85,7 @@ impl Failure {
     }
 
     pub fn missing(error: impl Into<String>) -> Self {
-        Self { error: error.into(), verdict: Verdict::GiveUp, missing: true }
+        Self { error: error.into(), verdict: Verdict::GiveUp, missing: true, answer: None }
     }
 }
 
@@ -318,7 +319,8 @@ impl<P: Perform> DispatcherState<P> {
             true => End::Crashed,
             false => {
                 let error = format!("crashed its worker {CRASHES_MAX} times: {error}");
-                End::Settled(Outcome::Failed { error, after: None })
+                let verdict = Verdict::Retry { after: None };
+                End::Settled(Outcome::Failed(Failed { error, verdict, attempts: crashes, answer: None }))
             }
         };
         self.queue.finished(entry, end);
@@ -398,18 +400,19 @@ enum Decision {
 
 /// What follows from a failure after `retries` fast retries.
 fn decide(failure: Failure, retries: u32, settings: &DispatcherSettings, random: f64) -> Decision {
-    let Failure { error, verdict, missing } = failure;
+    let Failure { error, verdict, missing, answer } = failure;
     if missing {
         return Decision::End(Outcome::Missing { error });
     }
+    let failed = |verdict| Decision::End(Outcome::Failed(Failed { error, verdict, attempts: retries.saturating_add(1), answer }));
     match verdict {
-        Verdict::GiveUp => Decision::End(Outcome::Failed { error, after: None }),
+        Verdict::Later | Verdict::GiveUp | Verdict::Gone => failed(verdict),
         Verdict::Retry { after } => {
             // Whoever waits will add it to a clock, and it came over a wire.
             let after = after.map(|after| after.min(DELAY_MAX));
             let too_long = after.is_some_and(|after| after > settings.backoff.cap());
             match too_long || retries >= settings.fast_retries {
-                true => Decision::End(Outcome::Failed { error, after }),
+                true => failed(Verdict::Retry { after }),
                 false => {
                     let delay = settings.backoff.delay(retries, random);
                     Decision::Again { after: after.map_or(delay, |after| after.max(delay)) }
@@ -671,7 +674,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn past_the_fast_retries_the_waiter_is_told() {
         let pool = Pool::start(Scripted::default().says("a", vec![retry(); 9]), settings()).await;
-        assert!(matches!(pool.submit("a", "host", 1).await, Ok(Outcome::Failed { after: None, .. })));
+        assert!(matches!(pool.submit("a", "host", 1).await, Ok(Outcome::Failed(failed)) if failed.after().is_none()));
         assert_eq!(pool.perform.attempts().len(), 4, "one try and three retries");
     }
 
@@ -685,8 +688,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_long_retry_after_ends_the_fast_retries() {
         let pool = Pool::start(Scripted::default().says("a", [retry_after(6)]), settings()).await;
-        let Ok(Outcome::Failed { after, .. }) = pool.submit("a", "host", 1).await else { panic!("it is told") };
-        assert_eq!(after, Some(Duration::from_secs(6)));
+        let Ok(Outcome::Failed(failed)) = pool.submit("a", "host", 1).await else { panic!("it is told") };
+        assert_eq!(failed.after(), Some(Duration::from_secs(6)));
         assert_eq!(pool.perform.attempts().len(), 1);
     }
 
@@ -694,7 +697,7 @@ mod tests {
     async fn what_cannot_be_helped_is_tried_once() {
         let perform = Scripted::default().says("a", [Act::Fail(Verdict::GiveUp)]).says("b", [Act::Missing]);
         let pool = Pool::start(perform, settings()).await;
-        assert_eq!(pool.submit("a", "host", 1).await, Ok(Outcome::Failed { error: String::from("scripted"), after: None }));
+        assert_eq!(pool.submit("a", "host", 1).await, Ok(failed("scripted", Verdict::GiveUp, 1)));
         assert_eq!(pool.submit("b", "host", 2).await, Ok(Outcome::Missing { error: String::from("no such database") }));
         assert_eq!(pool.perform.attempts(), ["a", "b"]);
     }
@@ -711,7 +714,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_job_that_crashes_three_workers_has_failed() {
         let pool = Pool::start(Scripted::default().says("a", vec![Act::Panic; 9]), settings()).await;
-        let Ok(Outcome::Failed { error, after: None }) = pool.submit("a", "host", 1).await else { panic!("it is told") };
+        let Ok(Outcome::Failed(Failed { error, .. })) = pool.submit("a", "host", 1).await else { panic!("it is told") };
         assert!(error.contains("3 times") && error.contains("scripted panic"), "{error}");
         assert_eq!(pool.perform.attempts().len(), 3);
         assert_eq!(pool.submit("b", "host", 1).await, Ok(Outcome::Done), "the pool goes on");
@@ -820,27 +823,31 @@ mod tests {
         assert_eq!(pool.status().await.workers, 1);
     }
 
+    fn failed(error: &str, verdict: Verdict, attempts: u32) -> Outcome {
+        Outcome::Failed(Failed { error: error.to_string(), verdict, attempts, answer: None })
+    }
+
     #[test]
     fn a_failure_is_decided_by_its_verdict_and_its_number() {
         let settings = settings();
         let after = |seconds| Verdict::Retry { after: Some(Duration::from_secs(seconds)) };
         let plain = Verdict::Retry { after: None };
-        let failed = |seconds: Option<u64>| {
-            Decision::End(Outcome::Failed { error: String::from("e"), after: seconds.map(Duration::from_secs) })
-        };
+        let ended = |verdict, attempts| Decision::End(failed("e", verdict, attempts));
         let again = |ms| Decision::Again { after: Duration::from_millis(ms) };
         for (verdict, retries, expected) in [
-            (plain.clone(), 0, again(100)),
-            (plain.clone(), 2, again(400)),
-            (plain.clone(), 3, failed(None)),
+            (plain, 0, again(100)),
+            (plain, 2, again(400)),
+            (plain, 3, ended(plain, 4)),
             (after(0), 1, again(200)),
             (after(5), 0, again(5_000)),
-            (after(6), 0, failed(Some(6))),
-            (after(1), 3, failed(Some(1))),
-            (after(u64::MAX), 0, failed(Some(DELAY_MAX.as_secs()))),
-            (Verdict::GiveUp, 0, failed(None)),
+            (after(6), 0, ended(after(6), 1)),
+            (after(1), 3, ended(after(1), 4)),
+            (after(u64::MAX), 0, ended(after(DELAY_MAX.as_secs()), 1)),
+            (Verdict::GiveUp, 0, ended(Verdict::GiveUp, 1)),
+            (Verdict::Later, 1, ended(Verdict::Later, 2)),
+            (Verdict::Gone, 0, ended(Verdict::Gone, 1)),
         ] {
-            let decision = decide(Failure::new("e", verdict.clone()), retries, &settings, 1.0);
+            let decision = decide(Failure::new("e", verdict), retries, &settings, 1.0);
             assert_eq!(decision, expected, "{verdict:?} after {retries} retries");
         }
     }

@@ -300,7 +300,13 @@ impl State {
         tokio::spawn(async move {
             match outcome.await {
                 Ok(Outcome::Done) => ended(Ok(())),
-                Ok(Outcome::Failed { error, after }) => ended(Err(RunFailure { error, missing: false, after })),
+                Ok(Outcome::Failed(failed)) => {
+                    let after = failed.after();
+                    ended(Err(RunFailure { error: failed.error, missing: false, after }));
+                }
+                Ok(Outcome::Unsent { error, after }) => {
+                    ended(Err(RunFailure { error, missing: false, after: Some(after) }));
+                }
                 Ok(Outcome::Missing { error }) => ended(Err(RunFailure { error, missing: true, after: None })),
                 Err(_) => {
                     ended(Err(RunFailure { error: String::from("the pool is being restarted"), missing: false, after: None }))

@@ -2,7 +2,7 @@
 
 use crate::couch::Row;
 use crate::db::positions::{PageOutcome, RuleId};
-use crate::job::{DbName, Outcome};
+use crate::job::{DbName, Failed, Outcome, Verdict};
 use crate::rules::rule::Rule;
 use crate::rules::template;
 use crate::schedule::Pool;
@@ -77,7 +77,7 @@ pub async fn deliver(pool: &Pool<HttpSender>, vault: &Vault, to: Addressee<'_>, 
             let (reply, outcome) = oneshot::channel();
             match build(vault, &to, rule, row) {
                 Ok(delivery) => unsent.push((Arc::new(delivery), reply)),
-                Err(error) => drop(reply.send(Outcome::Failed { error, after: None })),
+                Err(error) => drop(reply.send(unbuildable(error))),
             }
             let pending = Pending { row: index, rule: rule.clone(), key, outcome };
             match rule.block || probing {
@@ -126,8 +126,9 @@ async fn settle(sheet: &mut Sheet, pending: Vec<Pending>) -> bool {
                 sheet.delivered.push((row, key));
                 continue;
             }
-            Ok(Outcome::Failed { error, after }) => (error, after),
+            Ok(Outcome::Failed(failed)) => (failed.error.clone(), failed.after()),
             Ok(Outcome::Missing { error }) => (error, None),
+            Ok(Outcome::Unsent { error, after }) => (error, Some(after)),
             Err(_) => (String::from("the webhook pool is being restarted"), None),
         };
         all = false;
@@ -143,6 +144,10 @@ fn give_up_rest(sheet: &mut Sheet, to: &Addressee<'_>, row: usize) {
     for rule in to.rules {
         sheet.failed.entry(rule.id.clone()).or_insert(row);
     }
+}
+
+fn unbuildable(error: String) -> Outcome {
+    Outcome::Failed(Failed { error, verdict: Verdict::GiveUp, attempts: 0, answer: None })
 }
 
 fn build(vault: &Vault, to: &Addressee<'_>, rule: &Rule, row: &Row) -> Result<Delivery, String> {

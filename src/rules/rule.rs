@@ -1,5 +1,6 @@
 //! One `on_change` document.
 
+use super::handling::Handling;
 use super::invalid::{Invalid, kind_of};
 use super::pattern::Pattern;
 use super::selector::Selector;
@@ -32,6 +33,7 @@ pub struct Rule {
     pub selector: Option<Selector>,
     pub deleted: DeletedFilter,
     pub design_docs: bool,
+    pub handling: Handling,
     pub(super) url_template: UrlTemplate,
     pub(super) params_template: ParamsTemplate,
 }
@@ -116,6 +118,7 @@ impl Rule {
                 selector,
                 deleted,
                 design_docs,
+                handling: Handling::default(),
             }),
             _ => Err(faults.0),
         }
