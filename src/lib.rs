@@ -19,6 +19,7 @@ pub mod feed;
 
 pub mod db;
 
+pub mod deliveries;
 pub mod rules;
 pub mod topology;
 

@@ -1,0 +1,5 @@
+//! Deliveries that failed.
+
+pub mod index;
+pub mod parked;
+pub mod patience;

@@ -1,0 +1,484 @@
+//! What is known of the deliveries database: which keys are parked, when each is due, which rules are disabled (pure).
+//!
+//! The database is the truth. This is filled from it before anything is delivered, follows its changes, and takes in each
+//! write of ours when it is confirmed. An entry is about 300 bytes, and their number has a bound (`Bounds`).
+
+use super::parked::{Disabled, Key, Parked, State};
+use crate::job::DbName;
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+/// How many deliveries may be parked; past that a rule is held in that database instead.
+#[derive(Debug, Clone, Copy)]
+pub struct Bounds {
+    pub all: usize,
+    pub per_rule_and_database: usize,
+}
+
+#[derive(Debug, Clone)]
+pub struct Entry {
+    pub doc_rev: Box<str>,
+    pub state: State,
+    pub rule: Arc<str>,
+    pub db: DbName,
+    pub doc_id: Box<str>,
+    /// When it is tried next, or when it was given up.
+    at: SystemTime,
+    /// A try of ours is under way.
+    in_flight: bool,
+}
+
+/// How a key stands when a change of it is to be delivered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Standing {
+    /// It is sent.
+    Free,
+    /// It joins what is parked.
+    Parked,
+    /// A later state of the document than this change was accepted by the receiver.
+    Superseded,
+}
+
+#[derive(Debug, Default)]
+pub struct Index {
+    is_loaded: bool,
+    entries: HashMap<Key, Entry>,
+    /// What is parked and not in flight, by the time of its next try.
+    due: BTreeSet<(SystemTime, Key)>,
+    /// What is dead or dropped, by its end.
+    ended: BTreeSet<(SystemTime, Key)>,
+    /// How many of each rule in each database, of whatever state.
+    pairs: HashMap<Arc<str>, HashMap<DbName, usize>>,
+    counts: [usize; 3],
+    parked_of_rule: HashMap<Arc<str>, usize>,
+    reserved: usize,
+    disabled: HashMap<Arc<str>, Disabled>,
+    /// How often a rule was enabled again while we live.
+    enabled: HashMap<Arc<str>, u64>,
+    /// Keys whose parked delivery was accepted, and when the document was read for it; the oldest first.
+    accepted: HashMap<Key, Instant>,
+    accepted_order: VecDeque<(Instant, Key)>,
+}
+
+/// Pages wait in memory for seconds, and for minutes behind a slow receiver.
+const ACCEPTED_FOR: Duration = Duration::from_secs(3_600);
+const ACCEPTED_MAX: usize = 10_000;
+
+impl Index {
+    pub fn is_loaded(&self) -> bool {
+        self.is_loaded
+    }
+
+    pub fn set_loaded(&mut self) {
+        self.is_loaded = true;
+    }
+
+    /// The database is read anew. What was accepted stays true.
+    pub fn clear(&mut self) {
+        let (accepted, order) = (std::mem::take(&mut self.accepted), std::mem::take(&mut self.accepted_order));
+        let enabled = std::mem::take(&mut self.enabled);
+        *self = Self { is_loaded: false, accepted, accepted_order: order, enabled, ..Self::default() };
+    }
+
+    /// `received` is when the page with the change had been read.
+    pub fn standing(&self, key: &Key, received: Instant) -> Standing {
+        match self.entries.get(key) {
+            Some(entry) if entry.state == State::Parked => Standing::Parked,
+            _ if self.accepted.get(key).is_some_and(|read| *read >= received) => Standing::Superseded,
+            _ => Standing::Free,
+        }
+    }
+
+    pub fn get(&self, key: &Key) -> Option<&Entry> {
+        self.entries.get(key)
+    }
+
+    /// A place for one more, to be given back by `unreserve` once it is written or was not.
+    pub fn reserve(&mut self, key: &Key, rule: &str, db: &str, bounds: Bounds) -> bool {
+        let of_pair = self.pairs.get(rule).and_then(|dbs| dbs.get(db)).copied().unwrap_or(0);
+        let has_room = self.entries.contains_key(key)
+            || (self.entries.len() + self.reserved < bounds.all && of_pair < bounds.per_rule_and_database);
+        self.reserved += usize::from(has_room);
+        has_room
+    }
+
+    pub fn unreserve(&mut self) {
+        self.reserved = self.reserved.saturating_sub(1);
+    }
+
+    /// Takes in a document as it is in the database now. True where it is the first parked one of its rule.
+    pub fn put(&mut self, parked: &Parked) -> bool {
+        let key = parked.key();
+        let was = self.remove(&key);
+        // Our own try goes on, whoever wrote the document; its end looks at the revision.
+        let in_flight = was.as_ref().is_some_and(|was| was.in_flight);
+        let rule: Arc<str> = match self.pairs.get_key_value(parked.rule.as_str()) {
+            Some((rule, _)) => rule.clone(),
+            None => parked.rule.as_str().into(),
+        };
+        let dbs = self.pairs.entry(rule.clone()).or_default();
+        let db: DbName = match dbs.get_key_value(parked.db.as_str()) {
+            Some((db, _)) => db.clone(),
+            None => parked.db.as_str().into(),
+        };
+        *dbs.entry(db.clone()).or_default() += 1;
+        let at = match parked.state {
+            State::Parked => parked.next_attempt_at,
+            State::Dead | State::Dropped => parked.ended_at,
+        };
+        let entry = Entry {
+            doc_rev: parked.doc_rev.as_str().into(),
+            state: parked.state,
+            rule: rule.clone(),
+            db,
+            doc_id: parked.doc_id.as_str().into(),
+            at: at.unwrap_or(SystemTime::UNIX_EPOCH),
+            in_flight,
+        };
+        self.counts[entry.state as usize] += 1;
+        let mut is_first = false;
+        match entry.state {
+            State::Parked => {
+                let parked = self.parked_of_rule.entry(rule).or_default();
+                *parked += 1;
+                is_first = *parked == 1 && was.is_none_or(|was| was.state != State::Parked);
+                if !in_flight {
+                    self.due.insert((entry.at, key));
+                }
+            }
+            State::Dead | State::Dropped => drop(self.ended.insert((entry.at, key))),
+        }
+        self.entries.insert(key, entry);
+        is_first
+    }
+
+    /// The document is gone. True where it was the last parked one of its rule.
+    pub fn forget(&mut self, key: &Key) -> bool {
+        let Some(entry) = self.remove(key) else { return false };
+        entry.state == State::Parked && !self.parked_of_rule.contains_key(&entry.rule)
+    }
+
+    /// As `forget`, where nobody has written the document since.
+    pub fn forget_if(&mut self, key: &Key, doc_rev: &str) -> bool {
+        match self.entries.get(key) {
+            Some(entry) if entry.doc_rev.as_ref() == doc_rev => self.forget(key),
+            _ => false,
+        }
+    }
+
+    fn remove(&mut self, key: &Key) -> Option<Entry> {
+        let entry = self.entries.remove(key)?;
+        self.counts[entry.state as usize] -= 1;
+        match entry.state {
+            State::Parked => {
+                self.due.remove(&(entry.at, *key));
+                if let Some(parked) = self.parked_of_rule.get_mut(&entry.rule) {
+                    *parked -= 1;
+                    if *parked == 0 {
+                        self.parked_of_rule.remove(&entry.rule);
+                    }
+                }
+            }
+            State::Dead | State::Dropped => drop(self.ended.remove(&(entry.at, *key))),
+        }
+        if let Some(dbs) = self.pairs.get_mut(&entry.rule) {
+            if let Some(count) = dbs.get_mut(&entry.db) {
+                *count -= 1;
+                if *count == 0 {
+                    dbs.remove(&entry.db);
+                }
+            }
+            if dbs.is_empty() {
+                self.pairs.remove(&entry.rule);
+            }
+        }
+        Some(entry)
+    }
+
+    /// Whose next try is due, the longest due first; they count as in flight until `landed`. `postpone` may say when else.
+    pub fn take_due(
+        &mut self,
+        now: SystemTime,
+        max: usize,
+        mut postpone: impl FnMut(&Entry) -> Option<SystemTime>,
+    ) -> Vec<(Key, Entry)> {
+        let mut taken = Vec::new();
+        while taken.len() < max {
+            let Some((at, key)) = self.due.first().copied().filter(|(at, _)| *at <= now) else { break };
+            self.due.remove(&(at, key));
+            let Some(entry) = self.entries.get_mut(&key) else { continue };
+            match postpone(entry) {
+                Some(later) => {
+                    // Never to a time that is due already: this loop would not end.
+                    entry.at = later.max(now + Duration::from_millis(100));
+                    self.due.insert((entry.at, key));
+                }
+                None => {
+                    entry.in_flight = true;
+                    taken.push((key, entry.clone()));
+                }
+            }
+        }
+        taken
+    }
+
+    /// A try is over, and what came of it is in the database, or `again` says when to look at it once more.
+    pub fn landed(&mut self, key: &Key, again: Option<SystemTime>) {
+        let Some(entry) = self.entries.get_mut(key) else { return };
+        entry.in_flight = false;
+        entry.at = again.unwrap_or(entry.at);
+        if entry.state == State::Parked {
+            self.due.insert((entry.at, *key));
+        }
+    }
+
+    pub fn next_due(&self) -> Option<SystemTime> {
+        self.due.first().map(|(at, _)| *at)
+    }
+
+    /// The rule was edited: what waits for it is due now.
+    pub fn hurry(&mut self, rule: &str, now: SystemTime) {
+        let waiting: Vec<Key> = self.due.iter().map(|(_, key)| *key).collect();
+        for key in waiting {
+            let Some(entry) = self.entries.get_mut(&key).filter(|entry| entry.rule.as_ref() == rule && entry.at > now) else {
+                continue;
+            };
+            self.due.remove(&(entry.at, key));
+            entry.at = now;
+            self.due.insert((now, key));
+        }
+    }
+
+    /// What ended before `before`, at most `max`.
+    pub fn ended_before(&self, before: SystemTime, max: usize) -> Vec<(Key, Entry)> {
+        let old = self.ended.iter().take_while(|(at, _)| *at < before).take(max);
+        old.filter_map(|(_, key)| Some((*key, self.entries.get(key)?.clone()))).collect()
+    }
+
+    /// What is parked and not in flight of whom `unwanted` says so, at most `max`.
+    pub fn unwanted(&self, max: usize, mut unwanted: impl FnMut(&Entry) -> bool) -> Vec<(Key, Entry)> {
+        let gone = self.pairs.keys().filter(|rule| self.parked_of_rule.contains_key(*rule)).count();
+        if gone == 0 {
+            return Vec::new();
+        }
+        let parked = self.due.iter().filter_map(|(_, key)| Some((*key, self.entries.get(key)?)));
+        parked.filter(|(_, entry)| unwanted(entry)).take(max).map(|(key, entry)| (key, entry.clone())).collect()
+    }
+
+    /// A parked delivery was accepted, of a document that was read at `read`.
+    pub fn accepted(&mut self, key: Key, read: Instant) {
+        self.accepted.insert(key, read);
+        self.accepted_order.push_back((read, key));
+        while let Some((at, oldest)) = self.accepted_order.front().copied() {
+            if self.accepted_order.len() <= ACCEPTED_MAX && read.saturating_duration_since(at) < ACCEPTED_FOR {
+                break;
+            }
+            self.accepted_order.pop_front();
+            if self.accepted.get(&oldest) == Some(&at) {
+                self.accepted.remove(&oldest);
+            }
+        }
+    }
+
+    pub fn count(&self, state: State) -> usize {
+        self.counts[state as usize]
+    }
+
+    /// For each rule that has some, how many are parked.
+    pub fn parked_of_rules(&self) -> Vec<(Arc<str>, usize)> {
+        self.parked_of_rule.iter().map(|(rule, count)| (rule.clone(), *count)).collect()
+    }
+
+    pub fn disable(&mut self, disabled: Disabled) {
+        self.disabled.insert(disabled.rule.as_str().into(), disabled);
+    }
+
+    /// The document that disabled a rule is gone.
+    pub fn enable(&mut self, rule: &str) -> bool {
+        let was = self.disabled.remove(rule).is_some();
+        if was {
+            *self.enabled.entry(rule.into()).or_default() += 1;
+        }
+        was
+    }
+
+    /// Whether nothing is sent for this revision of the rule.
+    pub fn is_disabled(&self, rule: &str, rule_rev: &str) -> bool {
+        self.disabled.get(rule).is_some_and(|disabled| disabled.rule_rev == rule_rev)
+    }
+
+    pub fn disabled(&self) -> impl Iterator<Item = &Disabled> {
+        self.disabled.values()
+    }
+
+    /// Grows when a rule is enabled again.
+    pub fn times_enabled(&self, rule: &str) -> u64 {
+        self.enabled.get(rule).copied().unwrap_or(0)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    const BOUNDS: Bounds = Bounds { all: 5, per_rule_and_database: 3 };
+
+    fn at(seconds: u64) -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)
+    }
+
+    fn parked(rule: &str, db: &str, doc_id: &str, next: u64) -> Parked {
+        let key = Key::of(rule, db, doc_id);
+        let doc = json!({
+            "_id": key.doc_id(), "_rev": format!("1-{next}"), "type": "delivery", "state": "parked", "rule": rule, "db_name": db,
+            "doc_id": doc_id, "rev": "1-a", "next_attempt_at": crate::job::timestamp(at(next)),
+        });
+        Parked::read(&doc).expect("a delivery")
+    }
+
+    fn ended(mut parked: Parked, state: State, seconds: u64) -> Parked {
+        parked.end(state, "because", at(seconds));
+        parked
+    }
+
+    fn taken(index: &mut Index, now: u64, max: usize) -> Vec<String> {
+        index.take_due(at(now), max, |_| None).into_iter().map(|(_, entry)| entry.doc_id.to_string()).collect()
+    }
+
+    #[test]
+    fn the_longest_due_go_first_and_none_twice() {
+        let mut index = Index::default();
+        for (doc_id, next) in [("c", 30), ("a", 10), ("b", 20)] {
+            index.put(&parked("r", "db", doc_id, next));
+        }
+        assert_eq!(taken(&mut index, 5, 9), Vec::<String>::new());
+        assert_eq!(taken(&mut index, 20, 1), ["a"]);
+        assert_eq!(taken(&mut index, 20, 9), ["b"]);
+        assert_eq!(taken(&mut index, 20, 9), Vec::<String>::new(), "they are in flight");
+        // Somebody writes the document meanwhile: the try of ours goes on.
+        index.put(&parked("r", "db", "a", 11));
+        assert_eq!(taken(&mut index, 20, 9), Vec::<String>::new());
+        index.landed(&Key::of("r", "db", "a"), None);
+        assert_eq!(taken(&mut index, 20, 9), ["a"]);
+        index.landed(&Key::of("r", "db", "b"), Some(at(25)));
+        assert_eq!(index.next_due(), Some(at(25)));
+    }
+
+    #[test]
+    fn a_postponed_one_is_due_later_and_ends_no_loop() {
+        let mut index = Index::default();
+        index.put(&parked("r", "db", "a", 1));
+        assert!(index.take_due(at(10), 9, |_| Some(at(0))).is_empty());
+        assert!(index.next_due() > Some(at(10)));
+    }
+
+    #[test]
+    fn bounds_hold_and_what_is_there_is_always_welcome() {
+        let mut index = Index::default();
+        let key = |doc_id: &str| Key::of("r", "db", doc_id);
+        for doc_id in ["a", "b", "c"] {
+            assert!(index.reserve(&key(doc_id), "r", "db", BOUNDS));
+            index.put(&parked("r", "db", doc_id, 1));
+            index.unreserve();
+        }
+        assert!(!index.reserve(&key("d"), "r", "db", BOUNDS), "of one rule in one database");
+        assert!(index.reserve(&key("a"), "r", "db", BOUNDS), "a newer change of one that is there");
+        index.unreserve();
+        assert!(index.reserve(&Key::of("r", "x", "1"), "r", "x", BOUNDS));
+        assert!(index.reserve(&Key::of("r", "x", "2"), "r", "x", BOUNDS));
+        assert!(!index.reserve(&Key::of("r", "x", "3"), "r", "x", BOUNDS), "of all, those under way too");
+        index.unreserve();
+        index.forget(&key("a"));
+        assert!(index.reserve(&Key::of("r", "x", "3"), "r", "x", BOUNDS));
+    }
+
+    #[test]
+    fn the_first_and_the_last_of_a_rule_are_told() {
+        let mut index = Index::default();
+        assert!(index.put(&parked("r", "db", "a", 1)));
+        assert!(!index.put(&parked("r", "db", "b", 1)));
+        assert!(!index.put(&parked("r", "db", "a", 2)), "the same one again");
+        assert!(!index.forget(&Key::of("r", "db", "a")));
+        assert!(index.forget(&Key::of("r", "db", "b")));
+        assert!(index.put(&parked("r", "db", "b", 1)));
+        assert!(!index.put(&ended(parked("r", "db", "b", 1), State::Dead, 5)));
+        assert_eq!((index.count(State::Parked), index.count(State::Dead)), (0, 1));
+    }
+
+    #[test]
+    fn a_dead_one_is_no_obstacle_and_grows_old() {
+        let mut index = Index::default();
+        let key = Key::of("r", "db", "a");
+        index.put(&parked("r", "db", "a", 1));
+        assert_eq!(index.standing(&key, Instant::now()), Standing::Parked);
+        index.put(&ended(parked("r", "db", "a", 1), State::Dead, 100));
+        assert_eq!(index.standing(&key, Instant::now()), Standing::Free);
+        assert_eq!(index.next_due(), None);
+        assert!(index.ended_before(at(100), 9).is_empty());
+        assert_eq!(index.ended_before(at(101), 9).len(), 1);
+    }
+
+    #[test]
+    fn a_change_that_was_read_before_a_later_state_was_accepted_is_superseded() {
+        let mut index = Index::default();
+        let key = Key::of("r", "db", "a");
+        let (before, read) = (Instant::now(), Instant::now() + Duration::from_secs(1));
+        index.accepted(key, read);
+        assert_eq!(index.standing(&key, before), Standing::Superseded);
+        assert_eq!(index.standing(&key, read + Duration::from_nanos(1)), Standing::Free, "it may be newer");
+        for n in 0..ACCEPTED_MAX {
+            index.accepted(Key::of("r", "db", &n.to_string()), read);
+        }
+        assert_eq!(index.standing(&key, before), Standing::Free, "bounded");
+    }
+
+    #[test]
+    fn a_rule_is_disabled_in_one_revision_only() {
+        let mut index = Index::default();
+        index.disable(Disabled { doc_rev: "1-x".into(), rule: "r".into(), rule_rev: "2-b".into() });
+        assert!(index.is_disabled("r", "2-b") && !index.is_disabled("r", "3-c") && !index.is_disabled("s", "2-b"));
+        assert!(index.enable("r") && !index.enable("r"));
+        assert_eq!(index.times_enabled("r"), 1);
+        index.clear();
+        assert_eq!(index.times_enabled("r"), 1, "whoever was held must still learn of it");
+    }
+
+    #[test]
+    fn an_edited_rule_hurries_its_own() {
+        let mut index = Index::default();
+        index.put(&parked("r", "db", "a", 100));
+        index.put(&parked("s", "db", "b", 100));
+        index.hurry("r", at(50));
+        assert_eq!(taken(&mut index, 50, 9), ["a"]);
+    }
+
+    proptest! {
+        #[test]
+        fn the_books_agree_in_any_history(steps in prop::collection::vec((0usize..6, 0usize..2, 0usize..2, 0usize..3, 0u64..9), 0..60)) {
+            let mut index = Index::default();
+            for (what, rule, db, doc_id, seconds) in steps {
+                let (rule, db, doc_id) = (["r", "s"][rule], ["d", "e"][db], ["1", "2", "3"][doc_id]);
+                let key = Key::of(rule, db, doc_id);
+                match what {
+                    0 | 1 => drop(index.put(&parked(rule, db, doc_id, seconds))),
+                    2 => drop(index.put(&ended(parked(rule, db, doc_id, seconds), State::Dropped, seconds))),
+                    3 => drop(index.forget(&key)),
+                    4 => drop(index.take_due(at(seconds), 2, |_| None)),
+                    _ => index.landed(&key, None),
+                }
+                let parked = index.entries.values().filter(|entry| entry.state == State::Parked);
+                let waiting = parked.clone().filter(|entry| !entry.in_flight).count();
+                prop_assert_eq!(index.due.len(), waiting);
+                prop_assert_eq!(index.count(State::Parked), parked.count());
+                prop_assert_eq!(index.ended.len(), index.count(State::Dropped));
+                let in_pairs: usize = index.pairs.values().flat_map(|dbs| dbs.values()).sum();
+                prop_assert_eq!(in_pairs, index.entries.len());
+                prop_assert_eq!(index.parked_of_rule.values().sum::<usize>(), index.count(State::Parked));
+            }
+        }
+    }
+}
