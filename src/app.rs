@@ -12,17 +12,22 @@ mod tests;
 
 use crate::admin::{self, Admin};
 use crate::checkpoints::{self, Checkpoints, CheckpointsActor};
-use crate::config::Settings;
+use crate::config::{self, Settings};
 use crate::couch::Couch;
 use crate::db::directory::{self, DbDirectory};
 use crate::db::listen::Tools;
 use crate::db::rule_health::RuleHealth;
 use crate::db::{self, Shared};
+use crate::deliveries::index::Bounds;
+use crate::deliveries::patience::Patience;
+use crate::deliveries::{self, Book, Deliveries, DeliveriesActor};
 use crate::feed::cursor::Ledger;
+use crate::feed::sweep::Scope;
 use crate::feed::{self, GlobalChangesActor, sweep};
 use crate::replicate::native::{NativeEngine, NativeSettings};
 use crate::replicate::{CouchEngine, Engines, Replicator};
 use crate::rules::catalogue::Snapshot;
+use crate::rules::handling::Strategy;
 use crate::rules::{self, RulesActor};
 use crate::schedule::Pool;
 use crate::schedule::backoff::Backoff;
@@ -58,6 +63,10 @@ pub struct World {
     sweeps: Arc<sweep::Queue>,
     publish: watch::Sender<Arc<Snapshot>>,
     rule_health: RuleHealth,
+    /// What is known of the deliveries database.
+    book: Arc<Book>,
+    /// This process, where documents say who works on them.
+    process: Arc<str>,
     /// The one that lives now, for whoever asks what the replicators are doing.
     topology: watch::Sender<Option<ActorRef<topology::Message>>>,
     /// Keeps what it knows of checkpoints over a crash of the pool.
@@ -81,6 +90,7 @@ pub struct State {
 #[derive(Default)]
 struct Built {
     checkpoints: Option<Checkpoints>,
+    delivery_store: Option<Checkpoints>,
     webhooks: Option<Pool<HttpSender>>,
     replicators: Option<Pool<Replicator>>,
     topology: Option<ActorRef<topology::Message>>,
@@ -205,7 +215,7 @@ impl State {
 
     /// The wiring, long, flat and dull.
     async fn build(&mut self, child: Child, supervisor: ActorCell) -> Result<ActorCell, ActorProcessingErr> {
-        let World { settings, couch, vault, metrics, ledger, sweeps, publish, rule_health, topology, native } =
+        let World { settings, couch, vault, metrics, ledger, sweeps, publish, rule_health, process, topology, native, .. } =
             self.world.as_ref();
         let backoff = Backoff::new(settings.backoff_base, settings.backoff_cap);
         // CouchDB's own hiccups are retried sooner than somebody else's endpoint.
@@ -234,6 +244,17 @@ impl State {
                 self.built.checkpoints = Some(Checkpoints::new(actor.clone()));
                 actor.get_cell()
             }
+            Child::DeliveryStore => {
+                let arguments = checkpoints::Arguments {
+                    couch: couch.clone(),
+                    db_name: deliveries::parked::database_of(&settings.db_name),
+                    backoff: couch_backoff,
+                    metrics: metrics.clone(),
+                };
+                let (actor, _) = Actor::spawn_linked(None, CheckpointsActor, arguments, supervisor).await?;
+                self.built.delivery_store = Some(Checkpoints::new(actor.clone()));
+                actor.get_cell()
+            }
             Child::WebhookPool => {
                 let pool =
                     Pool::spawn(HttpSender::new(&settings.webhook, metrics.clone())?, (&settings.webhook).into(), supervisor)
@@ -241,6 +262,22 @@ impl State {
                 let cell = pool.cell();
                 self.built.webhooks = Some(pool);
                 cell
+            }
+            Child::Deliveries => {
+                let sweeps = sweeps.clone();
+                let arguments = deliveries::Arguments {
+                    deliveries: self.deliveries()?,
+                    couch: couch.clone(),
+                    db_name: deliveries::parked::database_of(&settings.db_name),
+                    snapshot: publish.subscribe(),
+                    webhooks: needed(&self.built.webhooks)?,
+                    vault: vault.clone(),
+                    heartbeat: settings.feed.heartbeat,
+                    process: process.clone(),
+                    enabled: Arc::new(move |rule| sweeps.ask(Scope::Rules(vec![rule]))),
+                    metrics: metrics.clone(),
+                };
+                Actor::spawn_linked(None, DeliveriesActor, arguments, supervisor).await?.0.get_cell()
             }
             Child::ReplicatorPool => {
                 let couchdb = Arc::new(CouchEngine::new(couch.clone(), settings.replication.timeout));
@@ -275,6 +312,7 @@ impl State {
                         spiegel_db: settings.db_name.clone(),
                         checkpoints: needed(&self.built.checkpoints)?,
                         webhooks: needed(&self.built.webhooks)?,
+                        deliveries: self.deliveries()?,
                         vault: vault.clone(),
                         backoff,
                         batch_size: settings.db.batch_size,
@@ -323,6 +361,33 @@ impl State {
             }
         };
         Ok(cell)
+    }
+}
+
+impl State {
+    fn deliveries(&self) -> Result<Deliveries, ActorProcessingErr> {
+        let settings = delivery_settings(&self.world.settings);
+        Ok(Deliveries::new(self.world.book.clone(), needed(&self.built.delivery_store)?, Arc::new(settings)))
+    }
+}
+
+fn delivery_settings(settings: &Settings) -> deliveries::Settings {
+    let config::DeliverySettings { retry, max, max_per_rule_and_database, retention } = settings.deliveries.clone();
+    let tries = settings.webhook.fast_retries.saturating_add(1);
+    deliveries::Settings {
+        patience: Patience {
+            strategy: if retry.exponential { Strategy::Exponential } else { Strategy::Linear },
+            delay: retry.delay,
+            multiplier: retry.multiplier,
+            cap: retry.cap,
+            limit: retry.limit,
+            give_up_after: retry.give_up_after,
+        },
+        bounds: Bounds { all: max, per_rule_and_database: max_per_rule_and_database },
+        retention,
+        assume_deleted_after: settings.db.assume_deleted_after,
+        // As long as a delivery may take with its fast retries, and a while in its host's queue.
+        lease: (settings.webhook.timeout + settings.webhook.retry_cap) * tries + Duration::from_secs(30),
     }
 }
 
@@ -444,6 +509,8 @@ impl App {
             sweeps: Arc::new(sweep::Queue::default()),
             publish: watch::channel(Arc::new(Snapshot::default())).0,
             rule_health: RuleHealth::default(),
+            book: Arc::default(),
+            process: format!("{:016x}", fastrand::u64(..)).into(),
             topology: watch::channel(None).0,
             settings,
         });

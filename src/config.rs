@@ -30,6 +30,7 @@ pub struct Settings {
     pub debounce: DebounceSettings,
     pub db: DbSettings,
     pub webhook: WebhookSettings,
+    pub deliveries: DeliverySettings,
     pub replication: ReplicationSettings,
     /// For a rule of a database or a replicator that fails: full jitter, doubling from `backoff_base` to `backoff_cap`.
     pub backoff_base: Duration,
@@ -77,6 +78,30 @@ pub struct WebhookSettings {
     pub fast_retries: u32,
     pub retry_base: Duration,
     pub retry_cap: Duration,
+}
+
+/// For deliveries that failed past their fast retries.
+#[derive(Debug, Clone)]
+pub struct DeliverySettings {
+    pub retry: Retry,
+    /// At once, over all rules and databases, and for one rule in one database.
+    pub max: usize,
+    pub max_per_rule_and_database: usize,
+    /// How long what was given up stays listed.
+    pub retention: Duration,
+}
+
+/// When a parked delivery is tried again; a rule's own `retry` wins.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Retry {
+    pub exponential: bool,
+    pub delay: Duration,
+    pub multiplier: f64,
+    pub cap: Duration,
+    /// None: without end.
+    pub limit: Option<u32>,
+    /// None: never.
+    pub give_up_after: Option<Duration>,
 }
 
 #[derive(Debug, Clone)]

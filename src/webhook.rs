@@ -7,8 +7,10 @@
 //!
 //! Time and bytes are bounded whatever the receiver does, and its answer reaches a log only as a short, redacted excerpt.
 
+pub mod delivery;
 pub mod request;
 
+pub use delivery::delivery;
 pub use request::WebhookRequest;
 
 use crate::config::WebhookSettings;

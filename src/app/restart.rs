@@ -9,7 +9,9 @@ pub enum Child {
     CouchHealth,
     Rules,
     Checkpoints,
+    DeliveryStore,
     WebhookPool,
+    Deliveries,
     ReplicatorPool,
     Topology,
     DbDirectory,
@@ -17,11 +19,13 @@ pub enum Child {
 }
 
 impl Child {
-    pub const ALL: [Child; 8] = [
+    pub const ALL: [Child; 10] = [
         Child::CouchHealth,
         Child::Rules,
         Child::Checkpoints,
+        Child::DeliveryStore,
         Child::WebhookPool,
+        Child::Deliveries,
         Child::ReplicatorPool,
         Child::Topology,
         Child::DbDirectory,
@@ -31,9 +35,11 @@ impl Child {
     /// Whose handles it holds. CouchHealth and Rules publish through channels that the Supervisor owns, so nobody needs them.
     pub fn needs(self) -> &'static [Child] {
         match self {
-            Child::CouchHealth | Child::Rules | Child::Checkpoints | Child::WebhookPool | Child::ReplicatorPool => &[],
+            Child::CouchHealth | Child::Rules => &[],
+            Child::Checkpoints | Child::DeliveryStore | Child::WebhookPool | Child::ReplicatorPool => &[],
+            Child::Deliveries => &[Child::DeliveryStore, Child::WebhookPool],
             Child::Topology => &[Child::Checkpoints, Child::ReplicatorPool],
-            Child::DbDirectory => &[Child::Checkpoints, Child::WebhookPool, Child::Topology],
+            Child::DbDirectory => &[Child::Checkpoints, Child::DeliveryStore, Child::WebhookPool, Child::Topology],
             Child::GlobalChanges => &[Child::Checkpoints, Child::Topology, Child::DbDirectory],
         }
     }
@@ -43,7 +49,9 @@ impl Child {
             Child::CouchHealth => "couch_health",
             Child::Rules => "rules",
             Child::Checkpoints => "checkpoints",
+            Child::DeliveryStore => "delivery_store",
             Child::WebhookPool => "webhook_pool",
+            Child::Deliveries => "deliveries",
             Child::ReplicatorPool => "replicator_pool",
             Child::Topology => "topology",
             Child::DbDirectory => "db_directory",
@@ -105,10 +113,11 @@ mod tests {
     #[test]
     fn a_failed_child_takes_only_those_that_need_it() {
         use Child::*;
-        let cases: [(Child, &[Child]); 5] = [
+        let cases: [(Child, &[Child]); 6] = [
             (CouchHealth, &[CouchHealth]),
             (Rules, &[Rules]),
-            (WebhookPool, &[WebhookPool, DbDirectory, GlobalChanges]),
+            (WebhookPool, &[WebhookPool, Deliveries, DbDirectory, GlobalChanges]),
+            (Deliveries, &[Deliveries]),
             (ReplicatorPool, &[ReplicatorPool, Topology, DbDirectory, GlobalChanges]),
             (GlobalChanges, &[GlobalChanges]),
         ];

@@ -2,8 +2,8 @@
 
 use super::layers::{Given, Layers, Origin, Raw, URL_KEY};
 use super::{
-    ConfigErrors, DbSettings, DebounceSettings, EngineChoice, FeedSettings, LogFormat, LogSettings, ReplicationSettings,
-    Settings, WebhookSettings,
+    ConfigErrors, DbSettings, DebounceSettings, DeliverySettings, EngineChoice, FeedSettings, LogFormat, LogSettings,
+    ReplicationSettings, Retry, Settings, WebhookSettings,
 };
 use crate::couch::CouchSettings;
 use crate::vault::split_credentials;
@@ -83,6 +83,7 @@ impl Reader {
                 assume_deleted_after: self.duration("db.assume_deleted_after", MOMENT..=YEAR),
             },
             webhook: self.webhook(),
+            deliveries: self.deliveries(),
             replication: ReplicationSettings {
                 engine: self.engine(),
                 concurrency: self.size("replication.concurrency", 1..=CONCURRENCY_MAX),
@@ -155,6 +156,29 @@ impl Reader {
             ),
         ];
         self.warnings.extend(risks.iter().filter(|(is_so, _)| *is_so).map(|(_, text)| (*text).to_string()));
+    }
+
+    fn deliveries(&mut self) -> DeliverySettings {
+        let strategy = self.text("deliveries.retry_strategy");
+        if !matches!(strategy.as_str(), "linear" | "exponential") {
+            let (_, shown) = self.given("deliveries.retry_strategy");
+            self.refuse("deliveries.retry_strategy", format!("{shown} is no strategy: \"linear\" or \"exponential\""));
+        }
+        let limit = u32::try_from(self.number("deliveries.retry_limit", 0..=1_000_000)).unwrap_or_default();
+        let gives_up = !self.text("deliveries.give_up_after").is_empty();
+        DeliverySettings {
+            retry: Retry {
+                exponential: strategy != "linear",
+                delay: self.duration("deliveries.retry_delay", MOMENT..=YEAR),
+                multiplier: self.number("deliveries.retry_multiplier", 1..=100) as f64,
+                cap: self.duration("deliveries.retry_cap", MOMENT..=YEAR),
+                limit: (limit > 0).then_some(limit),
+                give_up_after: gives_up.then(|| self.duration("deliveries.give_up_after", MOMENT..=YEAR)),
+            },
+            max: self.size("deliveries.max", 0..=10_000_000),
+            max_per_rule_and_database: self.size("deliveries.max_per_rule_and_database", 0..=10_000_000),
+            retention: self.duration("deliveries.retention", MOMENT..=YEAR),
+        }
     }
 
     // -- one kind of value each --

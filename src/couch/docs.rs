@@ -3,7 +3,9 @@
 use super::{Couch, CouchError, Result, Seq, encode_doc_id, encode_segment};
 use reqwest::Method;
 use serde::Deserialize;
+use serde_json::value::RawValue;
 use serde_json::{Value, json};
+use std::sync::Arc;
 
 /// What `_bulk_docs` said of one document.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,6 +22,14 @@ pub struct DbInfo {
     pub doc_count: u64,
     pub doc_del_count: u64,
     pub instance_start_time: String,
+}
+
+/// A document as it is now.
+#[derive(Debug, Clone)]
+pub enum Current {
+    Missing,
+    Deleted { rev: String },
+    Is { rev: String, doc: Option<Arc<RawValue>> },
 }
 
 #[derive(Deserialize)]
@@ -111,6 +121,41 @@ impl Couch {
             Err(CouchError::NotFound(_)) => Ok(None),
             Err(error) => Err(error),
         }
+    }
+
+    /// The winning revisions of many documents, in the order of `ids`; their texts where they are wanted.
+    pub async fn current_docs(&self, db: &str, ids: &[String], include_docs: bool) -> Result<Vec<Current>> {
+        #[derive(Deserialize)]
+        struct Entry {
+            #[serde(default)]
+            value: Option<Winner>,
+            #[serde(default)]
+            doc: Option<Arc<RawValue>>,
+        }
+        #[derive(Deserialize)]
+        struct Winner {
+            rev: String,
+            #[serde(default)]
+            deleted: bool,
+        }
+        #[derive(Deserialize)]
+        struct Entries {
+            rows: Vec<Entry>,
+        }
+        let request = self
+            .request(Method::POST, &format!("{}/_all_docs", encode_segment(db)))
+            .query(&[("include_docs", if include_docs { "true" } else { "false" })])
+            .json(&json!({ "keys": ids }));
+        let entries: Entries = self.json("_all_docs", request).await?;
+        if entries.rows.len() != ids.len() {
+            return Err(CouchError::Malformed(format!("_all_docs answered {} of {} keys", entries.rows.len(), ids.len())));
+        }
+        let current = |entry: Entry| match entry.value {
+            None => Current::Missing,
+            Some(Winner { rev, deleted: true }) => Current::Deleted { rev },
+            Some(Winner { rev, deleted: false }) => Current::Is { rev, doc: entry.doc },
+        };
+        Ok(entries.rows.into_iter().map(current).collect())
     }
 
     /// Many documents at once, in the order of `ids`; by POST, because a long GET can answer 400.

@@ -1,20 +1,32 @@
 //! One page of changes ▶ webhook deliveries ▶ what became of each.
+//!
+//! What fails by itself is parked, and counts as delivered once that is durable. Where a rule is to wait instead (`on_failure`,
+//! `order`, `block`), where its host is not asked for now, or where no more may be parked, the rule is held at its first row.
 
 use crate::couch::Row;
 use crate::db::positions::{PageOutcome, RuleId};
+use crate::deliveries::index::Standing;
+use crate::deliveries::{Deliveries, Owed};
 use crate::job::{DbName, Failed, Outcome, Verdict};
+use crate::rules::handling::{OnFailure, Order};
 use crate::rules::rule::Rule;
-use crate::rules::template;
 use crate::schedule::Pool;
 use crate::vault::Vault;
-use crate::webhook::request::{self, order_key, webhook_id};
 use crate::webhook::{Delivery, HttpSender};
+use futures_util::future::join_all;
 use serde_json::Value;
 use std::collections::{BTreeMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
+
+/// With what a page is delivered.
+pub struct Means<'a> {
+    pub pool: &'a Pool<HttpSender>,
+    pub vault: &'a Vault,
+    pub deliveries: &'a Deliveries,
+}
 
 /// What a page is delivered for.
 pub struct Addressee<'a> {
@@ -25,12 +37,23 @@ pub struct Addressee<'a> {
     pub delivered: &'a HashSet<u64>,
     /// The rules failed the last time: one delivery goes ahead of the others.
     pub probing: bool,
+    /// When the page had been read.
+    pub received: Instant,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RuleFailure {
     pub error: String,
-    pub after: Option<Duration>,
+    pub wait: Wait,
+}
+
+/// How long a rule is held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wait {
+    /// Longer each time, and at least as long as the receiver asked for.
+    Backoff { after: Option<Duration> },
+    /// Its host is asked again then; that it is held is no failure of its own.
+    For(Duration),
 }
 
 #[derive(Debug, Default)]
@@ -39,6 +62,9 @@ pub struct Delivered {
     pub failures: BTreeMap<RuleId, RuleFailure>,
 }
 
+/// A rule that is disabled is looked at again after this, if nobody tells of its end before.
+const DISABLED_FOR: Duration = Duration::from_secs(600);
+
 struct Pending {
     row: usize,
     rule: Arc<Rule>,
@@ -46,18 +72,35 @@ struct Pending {
     outcome: oneshot::Receiver<Outcome>,
 }
 
-struct Sheet {
+/// Of one rule whose deliveries keep the order of the whole database.
+type Line = Vec<(usize, u64, Result<Delivery, Outcome>)>;
+
+struct Sheet<'a> {
+    means: &'a Means<'a>,
+    to: &'a Addressee<'a>,
+    rows: &'a [Row],
     delivered: Vec<(usize, u64)>,
     failed: BTreeMap<RuleId, usize>,
     failures: BTreeMap<RuleId, RuleFailure>,
+    parking: Vec<(usize, Arc<Rule>, u64, Option<Failed>)>,
 }
 
 /// Delivers rows in order. Rules that do not block are sent together and awaited at the end; a blocking one is awaited before
 /// the next row starts.
-pub async fn deliver(pool: &Pool<HttpSender>, vault: &Vault, to: Addressee<'_>, rows: &[Row]) -> Delivered {
+pub async fn deliver(means: &Means<'_>, to: Addressee<'_>, rows: &[Row]) -> Delivered {
+    let mut sheet = Sheet {
+        means,
+        to: &to,
+        rows,
+        delivered: Vec::new(),
+        failed: BTreeMap::new(),
+        failures: BTreeMap::new(),
+        parking: Vec::new(),
+    };
     let needs_doc = to.rules.iter().any(|rule| rule.needs_doc());
-    let mut sheet = Sheet { delivered: Vec::new(), failed: BTreeMap::new(), failures: BTreeMap::new() };
+    let disabled: Vec<bool> = to.rules.iter().map(|rule| means.deliveries.is_disabled(rule)).collect();
     let mut waiting: Vec<Pending> = Vec::new();
+    let mut lines: BTreeMap<RuleId, (Arc<Rule>, Line)> = BTreeMap::new();
     let mut unsent: Vec<(Arc<Delivery>, oneshot::Sender<Outcome>)> = Vec::new();
     let mut blocked_at = None;
     let mut probing = to.probing;
@@ -68,16 +111,42 @@ pub async fn deliver(pool: &Pool<HttpSender>, vault: &Vault, to: Addressee<'_>, 
             _ => None,
         };
         let mut blocking = Vec::new();
-        for rule in to.rules.iter().filter(|rule| rule.matches(row, doc.as_ref())) {
+        let matching = to.rules.iter().zip(&disabled).filter(|(rule, _)| rule.matches(row, doc.as_ref()));
+        for (rule, is_disabled) in matching {
             let key = delivery_key(&rule.id, row);
             if to.delivered.contains(&key) {
                 sheet.delivered.push((index, key));
                 continue;
             }
+            if *is_disabled {
+                sheet.hold(index, rule, String::from("the receiver answered 410 Gone"), Wait::For(DISABLED_FOR));
+                match rule.block {
+                    true => blocked_at = blocked_at.or(Some(index)),
+                    false => continue,
+                }
+                break;
+            }
+            match means.deliveries.standing(&rule.id, to.db, &row.id, to.received) {
+                Standing::Free => {}
+                Standing::Parked => {
+                    sheet.parking.push((index, rule.clone(), key, None));
+                    continue;
+                }
+                Standing::Superseded => {
+                    sheet.delivered.push((index, key));
+                    continue;
+                }
+            }
+            let built = crate::webhook::delivery(means.vault, rule, to.db, to.instance_start_time, row, 0).map_err(unbuildable);
+            if rule.handling.order == Order::Database && !rule.block && !probing {
+                let line = lines.entry(rule.id.clone()).or_insert_with(|| (rule.clone(), Vec::new()));
+                line.1.push((index, key, built));
+                continue;
+            }
             let (reply, outcome) = oneshot::channel();
-            match build(vault, &to, rule, row) {
+            match built {
                 Ok(delivery) => unsent.push((Arc::new(delivery), reply)),
-                Err(error) => drop(reply.send(unbuildable(error))),
+                Err(outcome) => drop(reply.send(outcome)),
             }
             let pending = Pending { row: index, rule: rule.clone(), key, outcome };
             match rule.block || probing {
@@ -85,87 +154,163 @@ pub async fn deliver(pool: &Pool<HttpSender>, vault: &Vault, to: Addressee<'_>, 
                 false => waiting.push(pending),
             }
         }
+        if blocked_at.is_some() {
+            break;
+        }
         if !blocking.is_empty() {
-            pool.submit(std::mem::take(&mut unsent));
+            means.pool.submit(std::mem::take(&mut unsent));
             let rule_blocks = blocking.iter().any(|pending| pending.rule.block);
-            if !settle(&mut sheet, blocking).await {
+            if !sheet.settle(blocking).await {
                 match rule_blocks {
                     true => blocked_at = Some(index),
                     // The probe failed: the rest of the page is not tried for these rules.
-                    false => give_up_rest(&mut sheet, &to, index),
+                    false => sheet.give_up_rest(index),
                 }
                 break;
             }
             probing = false;
         }
     }
-    pool.submit(unsent);
-    settle(&mut sheet, waiting).await;
-
-    let first = sheet.failed.values().copied().chain(blocked_at).min();
-    let delivered = match first {
-        Some(first) => sheet.delivered.into_iter().filter(|(row, _)| *row >= first).map(|(_, key)| key).collect(),
-        None => HashSet::new(),
-    };
-    let page = PageOutcome {
-        row_seqs: rows.iter().map(|row| row.seq.clone()).collect(),
-        failed: sheet.failed,
-        blocked_at,
-        delivered,
-        ..PageOutcome::default()
-    };
-    Delivered { page, failures: sheet.failures }
+    means.pool.submit(unsent);
+    let in_line = lines.into_values().map(|(rule, line)| async move { (rule, send_in_line(means.pool, line).await) });
+    let (in_line, _) = futures_util::future::join(join_all(in_line), sheet.settle(waiting)).await;
+    for (rule, outcomes) in in_line {
+        for (row, key, outcome) in outcomes {
+            sheet.ended(row, &rule, key, outcome).await;
+        }
+    }
+    sheet.park().await;
+    sheet.close(blocked_at)
 }
 
-/// True when all of them were delivered.
-async fn settle(sheet: &mut Sheet, pending: Vec<Pending>) -> bool {
-    let mut all = true;
-    for Pending { row, rule, key, outcome } in pending {
-        let (error, after) = match outcome.await {
-            Ok(Outcome::Done) => {
-                sheet.delivered.push((row, key));
-                continue;
-            }
-            Ok(Outcome::Failed(failed)) => (failed.error.clone(), failed.after()),
-            Ok(Outcome::Missing { error }) => (error, None),
-            Ok(Outcome::Unsent { error, after }) => (error, Some(after)),
-            Err(_) => (String::from("the webhook pool is being restarted"), None),
+/// One after the other, to the first that fails.
+async fn send_in_line(pool: &Pool<HttpSender>, line: Line) -> Vec<(usize, u64, Outcome)> {
+    let mut outcomes = Vec::with_capacity(line.len());
+    for (row, key, delivery) in line {
+        let outcome = match delivery {
+            Ok(delivery) => pool.run(delivery).await.unwrap_or_else(|_| lost()),
+            Err(outcome) => outcome,
         };
-        all = false;
-        let first = sheet.failed.entry(rule.id.clone()).or_insert(row);
+        let is_done = outcome == Outcome::Done;
+        outcomes.push((row, key, outcome));
+        if !is_done {
+            break;
+        }
+    }
+    outcomes
+}
+
+impl Sheet<'_> {
+    /// True when what comes after them may be sent.
+    async fn settle(&mut self, pending: Vec<Pending>) -> bool {
+        let mut all = true;
+        for Pending { row, rule, key, outcome } in pending {
+            let outcome = outcome.await.unwrap_or_else(|_| lost());
+            all &= self.ended(row, &rule, key, outcome).await;
+        }
+        all
+    }
+
+    async fn ended(&mut self, row: usize, rule: &Arc<Rule>, key: u64, outcome: Outcome) -> bool {
+        match outcome {
+            Outcome::Done => self.delivered.push((row, key)),
+            Outcome::Failed(failed) if failed.verdict == Verdict::Gone => {
+                self.means.deliveries.disable(rule, self.to.db, &failed.error).await;
+                self.hold(row, rule, failed.error, Wait::For(DISABLED_FOR));
+                return false;
+            }
+            Outcome::Failed(failed) if parks(rule) => self.parking.push((row, rule.clone(), key, Some(failed))),
+            Outcome::Failed(failed) => {
+                let after = failed.after();
+                self.hold(row, rule, failed.error, Wait::Backoff { after });
+                return false;
+            }
+            Outcome::Missing { error } => {
+                self.hold(row, rule, error, Wait::Backoff { after: None });
+                return false;
+            }
+            Outcome::Unsent { error, after } => {
+                self.hold(row, rule, error, Wait::For(after));
+                return false;
+            }
+        }
+        true
+    }
+
+    fn hold(&mut self, row: usize, rule: &Arc<Rule>, error: String, wait: Wait) {
+        let first = self.failed.entry(rule.id.clone()).or_insert(row);
         *first = row.min(*first);
-        sheet.failures.entry(rule.id.clone()).or_insert(RuleFailure { error, after });
+        self.failures.entry(rule.id.clone()).or_insert(RuleFailure { error, wait });
     }
-    all
-}
 
-/// Every other rule of a group that was probing waits with the one that failed.
-fn give_up_rest(sheet: &mut Sheet, to: &Addressee<'_>, row: usize) {
-    for rule in to.rules {
-        sheet.failed.entry(rule.id.clone()).or_insert(row);
+    /// Every other rule of a group that was probing waits with the one that failed.
+    fn give_up_rest(&mut self, row: usize) {
+        for rule in self.to.rules {
+            self.failed.entry(rule.id.clone()).or_insert(row);
+        }
+    }
+
+    /// What failed by itself is owed by the deliveries database, once it says so.
+    async fn park(&mut self) {
+        let parking = std::mem::take(&mut self.parking);
+        if parking.is_empty() {
+            return;
+        }
+        let instance: Arc<str> = self.to.instance_start_time.into();
+        let owed = parking.iter().filter_map(|(row, rule, _, failed)| {
+            let row = self.rows.get(*row)?;
+            Some(Owed {
+                rule: rule.clone(),
+                db: self.to.db.clone(),
+                instance_start_time: instance.clone(),
+                doc_id: row.id.clone(),
+                rev: row.rev().to_string(),
+                seq: row.seq.clone(),
+                failed: failed.clone(),
+            })
+        });
+        let durable = self.means.deliveries.park(owed.collect()).await;
+        for ((row, rule, key, failed), durable) in parking.into_iter().zip(durable) {
+            match durable {
+                true => self.delivered.push((row, key)),
+                false => {
+                    let error = failed.map_or_else(|| String::from("it joins what is parked"), |failed| failed.error);
+                    let error = format!("no more deliveries can be parked: {error}");
+                    self.hold(row, &rule, error, Wait::Backoff { after: None });
+                }
+            }
+        }
+    }
+
+    fn close(self, blocked_at: Option<usize>) -> Delivered {
+        let first = self.failed.values().copied().chain(blocked_at).min();
+        let delivered = match first {
+            Some(first) => self.delivered.into_iter().filter(|(row, _)| *row >= first).map(|(_, key)| key).collect(),
+            None => HashSet::new(),
+        };
+        let page = PageOutcome {
+            row_seqs: self.rows.iter().map(|row| row.seq.clone()).collect(),
+            failed: self.failed,
+            blocked_at,
+            delivered,
+            ..PageOutcome::default()
+        };
+        Delivered { page, failures: self.failures }
     }
 }
 
-fn unbuildable(error: String) -> Outcome {
-    Outcome::Failed(Failed { error, verdict: Verdict::GiveUp, attempts: 0, answer: None })
+/// Whether a failed delivery of this rule may be overtaken by those for other documents.
+fn parks(rule: &Rule) -> bool {
+    !rule.block && rule.handling.order == Order::Document && rule.handling.on_failure == OnFailure::Park
 }
 
-fn build(vault: &Vault, to: &Addressee<'_>, rule: &Rule, row: &Row) -> Result<Delivery, String> {
-    let rendered = template::render(rule, to.db, row);
-    let request = request::build(rendered, vault).map_err(|error| error.to_string())?;
-    Ok(Delivery {
-        id: webhook_id(&rule.id, to.db, to.instance_start_time, &row.id, row.rev()),
-        rule_id: rule.id.clone(),
-        db: to.db.clone(),
-        order_key: order_key(&rule.id, to.db, &row.id),
-        coalesce_key: rule.debounce.then(|| fold(request.debounce_key())),
-        request,
-    })
+fn lost() -> Outcome {
+    let error = String::from("the webhook pool is being restarted");
+    Outcome::Unsent { error, after: Duration::from_secs(1) }
 }
 
-/// The dispatcher's keys are of one word.
-fn fold(key: u128) -> u64 {
-    (key >> 64) as u64 ^ key as u64
+fn unbuildable(error: crate::webhook::request::RequestError) -> Outcome {
+    Outcome::Failed(Failed { error: error.to_string(), verdict: Verdict::GiveUp, attempts: 0, answer: None })
 }
 
 fn delivery_key(rule: &RuleId, row: &Row) -> u64 {

@@ -7,10 +7,11 @@ use crate::checkpoints::Checkpoints;
 use crate::couch::fingerprint::Fingerprint;
 use crate::couch::{Changes, ChangesQuery, Couch, CouchError, Seq, WriteResult};
 use crate::db::Instance;
-use crate::db::deliver::{Addressee, Delivered, RuleFailure, deliver};
+use crate::db::deliver::{Addressee, Delivered, Means, RuleFailure, Wait, deliver};
 use crate::db::known;
-use crate::db::positions::{Positions, RuleId, RuleStart, hold_until};
+use crate::db::positions::{Positions, RuleId, RuleStart};
 use crate::db::rule_health::RuleHealth;
+use crate::deliveries::Deliveries;
 use crate::job::{DbName, timestamp};
 use crate::rules::rule::{Rule, SinceOverride};
 use crate::schedule::Pool;
@@ -30,6 +31,7 @@ pub struct Tools {
     pub spiegel_db: String,
     pub checkpoints: Checkpoints,
     pub webhooks: Pool<HttpSender>,
+    pub deliveries: Deliveries,
     pub vault: Arc<Vault>,
     pub backoff: Backoff,
     pub batch_size: usize,
@@ -55,6 +57,8 @@ pub struct Listener {
     doc: Option<Value>,
     positions: Positions,
     rule_revs: BTreeMap<RuleId, String>,
+    /// How often each was enabled again, as far as we have heard.
+    times_enabled: BTreeMap<RuleId, u64>,
     instance_start_time: Option<String>,
     /// A row told that the database was made or deleted, perhaps long ago.
     is_instance_unsure: bool,
@@ -66,7 +70,7 @@ pub struct Listener {
 struct Prefetched {
     since: Seq,
     include_docs: bool,
-    page: AbortOnDropHandle<Result<Changes, CouchError>>,
+    page: AbortOnDropHandle<(Instant, Result<Changes, CouchError>)>,
 }
 
 impl Prefetched {
@@ -74,14 +78,21 @@ impl Prefetched {
         since == Some(&self.since) && (self.include_docs || !include_docs)
     }
 
-    async fn page(self) -> Result<Changes, CouchError> {
-        let interrupted = |lost| Err(CouchError::Unreachable(format!("reading ahead was interrupted: {lost}")));
+    async fn page(self) -> (Instant, Result<Changes, CouchError>) {
+        let interrupted = |lost| timed(Err(CouchError::Unreachable(format!("reading ahead was interrupted: {lost}"))));
         self.page.await.unwrap_or_else(interrupted)
     }
 }
 
+/// With the moment at which it was there: what is read of a document from then on is no older.
+fn timed(page: Result<Changes, CouchError>) -> (Instant, Result<Changes, CouchError>) {
+    (Instant::now(), page)
+}
+
 /// A page that takes longer than this to deliver has a slow receiver; others must not wait for its memory.
 const SLOW_PAGE: Duration = Duration::from_secs(1);
+/// A host that may be asked at once is still not asked in a hot loop.
+const HOST_WAIT_MIN: Duration = Duration::from_millis(100);
 
 pub fn document_id(db: &str) -> String {
     format!("spiegel_cl_{db}")
@@ -99,6 +110,7 @@ impl Listener {
             doc,
             positions,
             rule_revs: revs(rules),
+            times_enabled: BTreeMap::new(),
             instance_start_time: instance,
             is_instance_unsure: false,
             seen: None,
@@ -131,13 +143,18 @@ impl Listener {
         }
     }
 
-    fn sync(&mut self, rules: &[Arc<Rule>]) {
+    fn sync(&mut self, tools: &Tools, rules: &[Arc<Rule>]) {
         self.positions.sync(&starts(rules));
         for rule in rules {
             if self.rule_revs.insert(rule.id.clone(), rule.rev.clone()).is_some_and(|rev| rev != rule.rev) {
                 self.positions.lift_hold(&rule.id);
             }
+            let times = tools.deliveries.times_enabled(&rule.id);
+            if times > self.times_enabled.insert(rule.id.clone(), times).unwrap_or(0) {
+                self.positions.lift_hold(&rule.id);
+            }
         }
+        self.times_enabled.retain(|id, times| *times > 0 && self.rule_revs.contains_key(id));
         self.rule_revs.retain(|id, _| rules.iter().any(|rule| rule.id == *id));
     }
 
@@ -145,7 +162,8 @@ impl Listener {
     /// database looked like before that, where somebody knows.
     pub async fn listen(&mut self, tools: &Tools, rules: &[Arc<Rule>], seen: Option<Fingerprint>) -> Result<(), ListenError> {
         self.seen = seen;
-        self.sync(rules);
+        tools.deliveries.loaded().await;
+        self.sync(tools, rules);
         let was_dirty = self.doc.as_ref().is_some_and(|doc| doc["dirty"] != Value::Bool(false));
         self.positions.begin_run();
         let mut prefetched: Option<Prefetched> = None;
@@ -154,9 +172,9 @@ impl Listener {
             let group_rules: Vec<Arc<Rule>> = rules.iter().filter(|rule| group.rules.contains(&rule.id)).cloned().collect();
             let include_docs = group_rules.iter().any(|rule| rule.needs_doc());
             let permit = tools.pages.clone().acquire_owned().await.ok();
-            let page = match prefetched.take() {
+            let (received, page) = match prefetched.take() {
                 Some(prefetched) if prefetched.serves(group.since.as_ref(), include_docs) => prefetched.page().await,
-                _ => tools.couch.changes(&self.db, &self.query(index, tools.batch_size, include_docs)).await,
+                _ => timed(tools.couch.changes(&self.db, &self.query(index, tools.batch_size, include_docs)).await),
             };
             if let (Err(error), Some(since)) = (&page, &self.positions.group(index).since)
                 && error.is_unknown_seq()
@@ -178,12 +196,13 @@ impl Listener {
             if pending > 0 && !self.positions.group(index).is_probing() {
                 let query = ChangesQuery { since: Some(page.last_seq.clone()), limit: Some(tools.batch_size), include_docs };
                 let (couch, db) = (tools.couch.clone(), self.db.clone());
-                let reading = tokio::spawn(async move { couch.changes(&db, &query).await });
+                let reading = tokio::spawn(async move { timed(couch.changes(&db, &query).await) });
                 prefetched =
                     Some(Prefetched { since: page.last_seq.clone(), include_docs, page: AbortOnDropHandle::new(reading) });
             }
             let started = Instant::now();
-            let Delivered { page: mut outcome, failures } = self.deliver(tools, index, &group_rules, &page, permit).await?;
+            let Delivered { page: mut outcome, failures } =
+                self.deliver(tools, index, &group_rules, (&page, received), permit).await?;
             if started.elapsed() >= SLOW_PAGE {
                 // The receiver is the slow one: a page in memory would only wait for it.
                 prefetched = None;
@@ -235,7 +254,7 @@ impl Listener {
         tools: &Tools,
         index: usize,
         rules: &[Arc<Rule>],
-        page: &Changes,
+        (page, received): (&Changes, Instant),
         permit: Option<tokio::sync::OwnedSemaphorePermit>,
     ) -> Result<Delivered, ListenError> {
         if page.rows.is_empty() {
@@ -252,8 +271,10 @@ impl Listener {
             rules,
             delivered: &group.delivered,
             probing: group.is_probing(),
+            received,
         };
-        let delivering = deliver(&tools.webhooks, &tools.vault, to, &page.rows);
+        let means = Means { pool: &tools.webhooks, vault: &tools.vault, deliveries: &tools.deliveries };
+        let delivering = deliver(&means, to, &page.rows);
         tokio::pin!(delivering);
         match tokio::time::timeout(SLOW_PAGE, &mut delivering).await {
             Ok(delivered) => Ok(delivered),
@@ -271,9 +292,9 @@ impl Listener {
         outcome: crate::db::positions::PageOutcome,
         failures: &BTreeMap<RuleId, RuleFailure>,
     ) {
-        let asked = failures.values().filter_map(|failure| failure.after).max();
         let now = SystemTime::now();
-        self.positions.page_done(index, outcome, |retries| hold_until(now, tools.backoff.delay(retries, fastrand::f64()), asked));
+        let until = |retries| now + held_for(failures, tools.backoff.delay(retries, fastrand::f64()), fastrand::f64());
+        self.positions.page_done(index, outcome, until);
         let held = self.positions.held_rules();
         for rule in self.rule_revs.keys() {
             match (held.contains(rule), failures.get(rule)) {
@@ -333,6 +354,16 @@ impl Listener {
         doc.insert(String::from("updated_at"), Value::from(timestamp(SystemTime::now())));
         Value::Object(doc)
     }
+}
+
+/// How long the rules that failed wait: what backs off by itself waits for `delay` or what its receiver asked for; what waits
+/// for its host does for as long as that is not asked, and a little more, so that not all of them come at once.
+fn held_for(failures: &BTreeMap<RuleId, RuleFailure>, delay: Duration, random: f64) -> Duration {
+    let of = |failure: &RuleFailure| match failure.wait {
+        Wait::Backoff { after } => delay.max(after.unwrap_or_default()),
+        Wait::For(host) => host.max(HOST_WAIT_MIN).mul_f64(1.0 + 0.1 * random),
+    };
+    failures.values().map(of).max().unwrap_or(delay)
 }
 
 /// A `change_listener` document without a position.

@@ -9,7 +9,7 @@ use crate::job::timestamp;
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 pub type RuleId = Arc<str>;
 
@@ -389,16 +389,12 @@ fn from_seq(seq: Option<&Seq>) -> Value {
     }
 }
 
-/// How long to wait before a rule that failed `retries` times before is tried again.
-pub fn hold_until(now: SystemTime, delay: Duration, asked: Option<Duration>) -> SystemTime {
-    now + delay.max(asked.unwrap_or_default())
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::time::Duration;
 
     fn rule(id: &str) -> RuleStart {
         RuleStart { id: id.into(), since: None }

@@ -159,6 +159,23 @@ impl Index {
         entry.state == State::Parked && !self.parked_of_rule.contains_key(&entry.rule)
     }
 
+    /// As `forget`, unless a try of ours is under way, whose end will see it.
+    pub fn forget_idle(&mut self, key: &Key) -> bool {
+        match self.entries.get(key) {
+            Some(entry) if !entry.in_flight => self.forget(key),
+            _ => false,
+        }
+    }
+
+    pub fn keys(&self) -> impl Iterator<Item = Key> {
+        self.entries.keys().copied()
+    }
+
+    /// Nothing is parked, and nothing was of late: the common case, in which no key needs to be made.
+    pub fn is_quiet(&self) -> bool {
+        self.entries.is_empty() && self.accepted.is_empty()
+    }
+
     /// As `forget`, where nobody has written the document since.
     pub fn forget_if(&mut self, key: &Key, doc_rev: &str) -> bool {
         match self.entries.get(key) {

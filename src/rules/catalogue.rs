@@ -21,6 +21,7 @@ pub struct Snapshot {
     by_source: HashMap<String, Vec<Arc<str>>>,
     by_target: HashMap<String, Vec<Arc<str>>>,
     invalid_replicators: Arc<BTreeMap<Arc<str>, Arc<str>>>,
+    invalid_rules: Arc<BTreeSet<Arc<str>>>,
     own: HashSet<String>,
 }
 
@@ -31,6 +32,17 @@ impl Snapshot {
 
     pub fn rules(&self) -> &[Arc<Rule>] {
         &self.rules
+    }
+
+    pub fn rule(&self, id: &str) -> Option<&Arc<Rule>> {
+        // In the order of their ids.
+        let at = self.rules.binary_search_by(|rule| rule.id.as_ref().cmp(id)).ok()?;
+        self.rules.get(at)
+    }
+
+    /// Its document is there, and cannot be used until somebody mends it.
+    pub fn is_invalid_rule(&self, id: &str) -> bool {
+        self.invalid_rules.contains(id)
     }
 
     /// Equal for equal rules and replicators, of one build of the program.
@@ -84,6 +96,7 @@ pub struct Catalogue {
     /// By id, the revision that was said to be invalid.
     invalid: HashMap<String, String>,
     invalid_replicators: Arc<BTreeMap<Arc<str>, Arc<str>>>,
+    invalid_rules: Arc<BTreeSet<Arc<str>>>,
 }
 
 impl Catalogue {
@@ -95,6 +108,7 @@ impl Catalogue {
             replicators: HashMap::new(),
             invalid: HashMap::new(),
             invalid_replicators: Arc::default(),
+            invalid_rules: Arc::default(),
         }
     }
 
@@ -110,6 +124,9 @@ impl Catalogue {
         if self.invalid_replicators.contains_key(row.id.as_str()) {
             Arc::make_mut(&mut self.invalid_replicators).remove(row.id.as_str());
         }
+        if self.invalid_rules.contains(row.id.as_str()) {
+            Arc::make_mut(&mut self.invalid_rules).remove(row.id.as_str());
+        }
         let (Some(doc), false) = (&doc, row.deleted) else {
             return self.invalid.remove(&row.id).is_some() | had;
         };
@@ -124,8 +141,13 @@ impl Catalogue {
             Ok(()) => drop(self.invalid.remove(&row.id)),
             Err(reasons) => {
                 let reasons = crate::rules::invalid::summary(&reasons);
-                if kind == "replicator" {
-                    Arc::make_mut(&mut self.invalid_replicators).insert(row.id.as_str().into(), reasons.as_str().into());
+                match kind {
+                    "replicator" => {
+                        drop(
+                            Arc::make_mut(&mut self.invalid_replicators).insert(row.id.as_str().into(), reasons.as_str().into()),
+                        );
+                    }
+                    _ => drop(Arc::make_mut(&mut self.invalid_rules).insert(row.id.as_str().into())),
                 }
                 if self.invalid.insert(row.id.clone(), row.rev().to_string()).as_deref() != Some(row.rev()) {
                     tracing::error!(id = row.id, kind, reasons, "invalid document, it is passed over until it is mended");
@@ -162,6 +184,7 @@ impl Catalogue {
             by_source,
             by_target,
             invalid_replicators: self.invalid_replicators.clone(),
+            invalid_rules: self.invalid_rules.clone(),
             own: self.own.clone(),
         }
     }

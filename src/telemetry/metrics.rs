@@ -53,6 +53,8 @@ pub struct Metrics {
     pub webhook_in_flight: Gauge,
     pub webhook_queued: Gauge,
     pub webhook_duration_seconds: Histogram,
+    pub deliveries: Family<StateLabels, Gauge>,
+    pub rules_disabled: Gauge,
     pub replications: Family<OutcomeLabels, Counter>,
     pub replications_running: Gauge,
     pub replications_queued: Gauge,
@@ -94,6 +96,8 @@ impl Metrics {
             webhook_in_flight: Gauge::default(),
             webhook_queued: Gauge::default(),
             webhook_duration_seconds: seconds(),
+            deliveries: Family::default(),
+            rules_disabled: Gauge::default(),
             replications: Family::default(),
             replications_running: Gauge::default(),
             replications_queued: Gauge::default(),
@@ -138,6 +142,12 @@ impl Metrics {
         r.register("webhook_in_flight", "Webhook requests under way", self.webhook_in_flight.clone());
         r.register("webhook_queued", "Webhook deliveries waiting for their turn", self.webhook_queued.clone());
         r.register("webhook_duration_seconds", "Time of one webhook request", self.webhook_duration_seconds.clone());
+        r.register(
+            "deliveries",
+            "Deliveries of the deliveries database by state: parked, dead, dropped",
+            self.deliveries.clone(),
+        );
+        r.register("rules_disabled", "Rules whose receiver answered 410", self.rules_disabled.clone());
         r.register("replications", "Replication runs by outcome", self.replications.clone());
         r.register("replications_running", "Replications under way", self.replications_running.clone());
         r.register("replications_queued", "Replications waiting for their turn", self.replications_queued.clone());

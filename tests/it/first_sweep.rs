@@ -237,7 +237,7 @@ async fn a_new_rule_that_starts_at_zero_reaches_unchanged_databases(lab: Arc<Lab
 async fn a_database_with_a_rule_that_is_held_back_is_not_known(lab: Arc<Lab>) {
     lab.receiver.answer("/dead", Answer::status(500));
     let dbs = filled(&lab, 2).await;
-    lab.rule("dead", &dbs[0], "/dead", json!({})).await;
+    lab.rule("dead", &dbs[0], "/dead", json!({ "on_failure": "hold" })).await;
     let mut spiegel = lab.spiegel_with(&[("BACKOFF_BASE", "1h"), ("BACKOFF_CAP", "1h")]).await;
     delivered(&lab, 2 * DOCS).await;
     let doc = listener(&lab, &dbs[0], "the rule is held back", |doc| doc["dirty_at"].is_string()).await;

@@ -1,0 +1,40 @@
+//! A rule applied to one change: the delivery that is owed.
+
+use super::Delivery;
+use super::request::{self, RequestError, order_key, webhook_id};
+use crate::couch::Row;
+use crate::job::DbName;
+use crate::rules::rule::Rule;
+use crate::rules::template;
+use crate::vault::Vault;
+
+/// `replays` is how often somebody asked for a new `webhook-id`.
+pub fn delivery(
+    vault: &Vault,
+    rule: &Rule,
+    db: &DbName,
+    instance_start_time: &str,
+    row: &Row,
+    replays: u64,
+) -> Result<Delivery, RequestError> {
+    let rendered = template::render(rule, db, row);
+    let request = request::build(rendered, vault)?;
+    let order_key = order_key(&rule.id, db, &row.id);
+    let coalesce_key = match (rule.debounce, rule.handling.latest_only) {
+        (true, _) => Some(fold(request.debounce_key())),
+        // What waits for the same document is superseded.
+        (false, true) => Some(order_key),
+        (false, false) => None,
+    };
+    let rev = row.rev();
+    let id = match replays {
+        0 => webhook_id(&rule.id, db, instance_start_time, &row.id, rev),
+        replays => webhook_id(&rule.id, db, instance_start_time, &row.id, &format!("{rev} replay {replays}")),
+    };
+    Ok(Delivery { id, rule_id: rule.id.clone(), db: db.clone(), order_key, coalesce_key, request })
+}
+
+/// The dispatcher's keys are of one word.
+fn fold(key: u128) -> u64 {
+    (key >> 64) as u64 ^ key as u64
+}
