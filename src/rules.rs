@@ -5,6 +5,7 @@
 //! said once for each revision, and passed over.
 
 pub mod catalogue;
+pub mod document;
 pub mod handling;
 pub mod installations;
 pub mod invalid;

@@ -3,13 +3,13 @@
 use crate::couch::Row;
 use crate::db::positions::{PageOutcome, RuleId};
 use crate::job::{DbName, Failed, Outcome, Verdict};
+use crate::rules::document::Document;
 use crate::rules::rule::Rule;
 use crate::rules::template;
 use crate::schedule::Pool;
 use crate::vault::Vault;
 use crate::webhook::request::{self, order_key, webhook_id};
 use crate::webhook::{Delivery, HttpSender};
-use serde_json::Value;
 use std::collections::{BTreeMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
@@ -55,7 +55,6 @@ struct Sheet {
 /// Delivers rows in order. Rules that do not block are sent together and awaited at the end; a blocking one is awaited before
 /// the next row starts.
 pub async fn deliver(pool: &Pool<HttpSender>, vault: &Vault, to: Addressee<'_>, rows: &[Row]) -> Delivered {
-    let needs_doc = to.rules.iter().any(|rule| rule.needs_doc());
     let mut sheet = Sheet { delivered: Vec::new(), failed: BTreeMap::new(), failures: BTreeMap::new() };
     let mut waiting: Vec<Pending> = Vec::new();
     let mut unsent: Vec<(Arc<Delivery>, oneshot::Sender<Outcome>)> = Vec::new();
@@ -63,19 +62,16 @@ pub async fn deliver(pool: &Pool<HttpSender>, vault: &Vault, to: Addressee<'_>, 
     let mut probing = to.probing;
 
     for (index, row) in rows.iter().enumerate() {
-        let doc = match (&row.doc, needs_doc) {
-            (Some(raw), true) => serde_json::from_str::<Value>(raw.get()).ok(),
-            _ => None,
-        };
+        let doc = Document::of(row);
         let mut blocking = Vec::new();
-        for rule in to.rules.iter().filter(|rule| rule.matches(row, doc.as_ref())) {
+        for rule in to.rules.iter().filter(|rule| rule.matches(&doc)) {
             let key = delivery_key(&rule.id, row);
             if to.delivered.contains(&key) {
                 sheet.delivered.push((index, key));
                 continue;
             }
             let (reply, outcome) = oneshot::channel();
-            match build(vault, &to, rule, row) {
+            match build(vault, &to, rule, &doc) {
                 Ok(delivery) => unsent.push((Arc::new(delivery), reply)),
                 Err(error) => drop(reply.send(unbuildable(error))),
             }
@@ -150,8 +146,9 @@ fn unbuildable(error: String) -> Outcome {
     Outcome::Failed(Failed { error, verdict: Verdict::GiveUp, attempts: 0, answer: None })
 }
 
-fn build(vault: &Vault, to: &Addressee<'_>, rule: &Rule, row: &Row) -> Result<Delivery, String> {
-    let rendered = template::render(rule, to.db, row);
+fn build(vault: &Vault, to: &Addressee<'_>, rule: &Rule, doc: &Document<'_>) -> Result<Delivery, String> {
+    let rendered = template::render(rule, to.db, doc);
+    let row = doc.row();
     let request = request::build(rendered, vault).map_err(|error| error.to_string())?;
     Ok(Delivery {
         id: webhook_id(&rule.id, to.db, to.instance_start_time, &row.id, row.rev()),
