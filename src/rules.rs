@@ -6,6 +6,7 @@
 
 pub mod catalogue;
 pub mod document;
+pub mod fields;
 pub mod handling;
 pub mod installations;
 pub mod invalid;

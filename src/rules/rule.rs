@@ -2,7 +2,8 @@
 
 use super::document::Document;
 use super::handling::Handling;
-use super::invalid::{Invalid, kind_of};
+use super::handling::fields::{self, Beside};
+use super::invalid::{Faults, Invalid, given, kind_of, wrong_kind};
 use super::pattern::Pattern;
 use super::selector::Selector;
 use super::template::{ParamsTemplate, UrlTemplate};
@@ -79,7 +80,7 @@ impl Rule {
         let Value::Object(fields) = doc else {
             return Err(vec![Invalid::new("the document", format!("must be an object, not {}", kind_of(doc)))]);
         };
-        let mut faults = Faults(Vec::new());
+        let mut faults = Faults::default();
         let id = faults.note(id(fields));
         let pattern = faults.note(pattern(fields));
         let url = faults.note(url(fields));
@@ -90,6 +91,19 @@ impl Rule {
         let selector = faults.note(given(fields, "selector").map(Selector::parse).transpose());
         let deleted = faults.note(deleted(fields));
         let design_docs = faults.note(design_docs(fields));
+        let block = fields.get("block").is_some_and(is_truthy);
+        let debounce = fields.get("debounce").is_some_and(is_truthy);
+        let beside = Beside {
+            method: method.as_ref(),
+            has_user: url.as_ref().is_some_and(|(_, template)| template.has_user()),
+            is_of_one_change: url.as_ref().is_some_and(|(_, template)| template.is_of_one_change()),
+            block,
+            debounce,
+        };
+        let handling = fields::read(fields, beside, &mut faults);
+        if !faults.0.is_empty() {
+            return Err(faults.0);
+        }
         match (id, pattern, url, params, method, since, condition, selector, deleted, design_docs) {
             (
                 Some(id),
@@ -111,14 +125,14 @@ impl Rule {
                 url_template,
                 params,
                 method,
-                block: fields.get("block").is_some_and(is_truthy),
-                debounce: fields.get("debounce").is_some_and(is_truthy),
+                block,
+                debounce,
                 since,
                 condition,
                 selector,
                 deleted,
                 design_docs,
-                handling: Handling::default(),
+                handling,
             }),
             _ => Err(faults.0),
         }
@@ -177,23 +191,6 @@ fn is_design_doc(row: &Row) -> bool {
     row.id.starts_with("_design/")
 }
 
-struct Faults(Vec<Invalid>);
-
-impl Faults {
-    fn note<T>(&mut self, read: Result<T, Invalid>) -> Option<T> {
-        read.map_err(|invalid| self.0.push(invalid)).ok()
-    }
-}
-
-/// Null is as good as absent.
-fn given<'f>(fields: &'f Map<String, Value>, name: &str) -> Option<&'f Value> {
-    fields.get(name).filter(|value| !value.is_null())
-}
-
-fn wrong_kind<T>(field: &str, wanted: &str, value: &Value) -> Result<T, Invalid> {
-    Err(Invalid::new(field, format!("must be {wanted}, not {}", kind_of(value))))
-}
-
 fn id(fields: &Map<String, Value>) -> Result<Arc<str>, Invalid> {
     match given(fields, "_id") {
         Some(Value::String(id)) if !id.is_empty() => Ok(Arc::from(id.as_str())),
@@ -243,6 +240,11 @@ fn method(fields: &Map<String, Value>) -> Result<Method, Invalid> {
             .map_err(|_| Invalid::new("method", "is not an HTTP method")),
         Some(other) => wrong_kind("method", "a string", other),
     }
+}
+
+/// As the original has it: these carry the params as a query, the others as a JSON body.
+pub fn sends_query(method: &Method) -> bool {
+    matches!(*method, Method::GET | Method::HEAD | Method::DELETE)
 }
 
 fn since(fields: &Map<String, Value>) -> Result<Option<SinceOverride>, Invalid> {

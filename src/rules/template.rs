@@ -254,6 +254,10 @@ impl UrlTemplate {
         })
     }
 
+    pub fn has_user(&self) -> bool {
+        Url::parse(&self.sample()).is_ok_and(|url| !url.username().is_empty() || url.password().is_some())
+    }
+
     /// What is wrong with where a document's attributes stand.
     pub fn objection(&self) -> Option<&'static str> {
         let parsed = |attribute| Url::parse(&self.sample_with(attribute)).ok();
@@ -261,21 +265,19 @@ impl UrlTemplate {
         let sample = parsed("1")?;
         let origin = |url: &Url| url[..Position::BeforePath].to_string();
         let segments = |url: &Url| url.path().split('/').count();
-        match (parsed("2"), parsed("")) {
-            (Some(other), Some(_)) if origin(&other) != origin(&sample) => Some("must not take its host from a document"),
-            (Some(_), Some(empty)) if origin(&empty) != origin(&sample) => Some("must not take its host from a document"),
-            (Some(_), Some(empty)) if segments(&empty) != segments(&sample) => {
-                Some("would become another path where an attribute of the document is empty")
-            }
-            (Some(_), Some(_)) => None,
-            _ => Some("is no URL where an attribute of the document is empty"),
+        let (Some(other), Some(empty)) = (parsed("2"), parsed("")) else { return Some(HOST_OF_DOCUMENT) };
+        if [&other, &empty].into_iter().any(|url| origin(url) != origin(&sample)) {
+            return Some(HOST_OF_DOCUMENT);
         }
+        (segments(&empty) != segments(&sample)).then_some("would become another path where an attribute of the document is empty")
     }
 
     fn render(&self, change: &Change<'_, '_>) -> String {
         self.0.render(|variable, out| variable.push_encoded(out, change))
     }
 }
+
+const HOST_OF_DOCUMENT: &str = "must not take its host or user from a document";
 
 /// The original cut a URL before each `${` and after each `}`, and took a whole part for a variable with braces or without.
 fn url_parts(url: &str) -> impl Iterator<Item = &str> {
@@ -545,7 +547,7 @@ mod tests {
 
     #[test]
     fn a_document_may_not_choose_the_host_nor_shorten_the_path() {
-        let (host, path) = ("must not take its host from a document", "would become another path");
+        let (host, path) = ("must not take its host or user from a document", "would become another path");
         for (template, expected) in [
             ("http://h/${change.doc.a}", None),
             ("http://h/${change.doc.a}/${change.doc.b}?x=${change.doc.c}#${change.doc.d}", None),
