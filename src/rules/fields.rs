@@ -46,8 +46,10 @@ pub fn near_misses(doc: &Value) -> Vec<String> {
 
 fn add(found: &mut Vec<String>, within: &str, fields: &Map<String, Value>, known: &[&str]) {
     for name in fields.keys().filter(|name| !known.contains(&name.as_str())) {
-        let meant =
-            known.iter().filter(|known| !fields.contains_key(**known)).filter_map(|known| Some((slip(name, known)?, known)));
+        let meant = known
+            .iter()
+            .filter(|known| !known.starts_with('_') && !fields.contains_key(**known))
+            .filter_map(|known| Some((slip(name, known)?, known)));
         if let Some((_, known)) = meant.min_by_key(|(slip, _)| *slip) {
             found.push(format!(
                 "field {:?} means nothing; did you mean {:?}?",
