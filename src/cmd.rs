@@ -1,6 +1,7 @@
 //! The command line: one file a subcommand.
 //!
-//! Exit codes: 0 done, 1 not ready (`healthcheck`), 64 usage, 69 CouchDB unreachable at a one-shot command, 70 internal, 78 bad
+//! Exit codes: 0 done, 1 no (`healthcheck`: not ready, `rules test`: nothing to send), 64 usage, 65 a file that a command was given
+//! cannot be used, 69 CouchDB unreachable at a one-shot command, 70 internal, 78 bad
 //! config. `run` waits for a CouchDB that does not answer instead of leaving.
 
 mod check;
@@ -12,6 +13,7 @@ mod dev;
 mod documents;
 mod healthcheck;
 mod install;
+mod rules;
 mod run;
 mod status;
 mod uninstall;
@@ -22,6 +24,7 @@ use crate::telemetry::{self, Metrics};
 use crate::vault::{Vault, redact_text};
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
+use rules::RulesCommand;
 use std::ffi::OsString;
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
@@ -67,6 +70,9 @@ pub enum Command {
         #[arg(long)]
         all: bool,
     },
+    /// List the rules, or show what one would send
+    #[command(subcommand)]
+    Rules(RulesCommand),
     /// Print the version
     Version,
     /// Ask the running process whether it is alive: exit code 0 or 1 (for containers)
@@ -106,8 +112,10 @@ impl Command {
 #[repr(u8)]
 pub enum Exit {
     Done = 0,
-    NotReady = 1,
+    /// The answer to what was asked.
+    No = 1,
     Usage = 64,
+    Data = 65,
     Unreachable = 69,
     Internal = 70,
     Config = 78,
@@ -181,12 +189,13 @@ impl Args {
 }
 
 pub async fn execute(command: Command, loaded: Result<Loaded, ConfigErrors>) -> Exit {
-    match command {
+    match &command {
         Command::Version => {
             say(concat!("spiegel ", env!("CARGO_PKG_VERSION")));
             return Exit::Done;
         }
         Command::Check => return check::check(loaded).await,
+        Command::Rules(RulesCommand::Test(options)) => return rules::test(options),
         _ => {}
     }
     let loaded = match loaded {
@@ -222,6 +231,7 @@ async fn one(command: Command, loaded: Loaded) -> Result<Exit, Failure> {
         }
         Command::Install => install::command(&settings).await,
         Command::Uninstall => uninstall::command(&settings).await,
+        Command::Rules(RulesCommand::List) => rules::list(&settings).await,
         Command::Status { all } => status::command(&settings, all).await,
         Command::Healthcheck { ready } => healthcheck::command(&settings, ready).await,
         #[cfg(feature = "dev")]
@@ -229,7 +239,7 @@ async fn one(command: Command, loaded: Loaded) -> Result<Exit, Failure> {
         #[cfg(feature = "dev")]
         Command::Demo { .. } => demo::demo().await,
         // Done above: they need no sound config.
-        Command::Version | Command::Check => Ok(Exit::Done),
+        Command::Version | Command::Check | Command::Rules(RulesCommand::Test(_)) => Ok(Exit::Done),
     }
 }
 

@@ -23,7 +23,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use url::Url;
 
-pub use changes::{Changes, ChangesQuery, FeedLine, Row};
+pub use changes::{Changes, ChangesQuery, FeedLine, Rev, Row};
 pub use docs::WriteResult;
 
 /// A position in a database's changes. Opaque: never compared for order. CouchDB's are strings, PouchDB's are integers.

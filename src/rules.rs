@@ -5,6 +5,8 @@
 //! said once for each revision, and passed over.
 
 pub mod catalogue;
+pub mod document;
+pub mod fields;
 pub mod handling;
 pub mod installations;
 pub mod invalid;

@@ -255,6 +255,7 @@ fn documents(report: &mut Report, census: &Census) {
     report.warn_each(
         census.invalid.iter().map(|doc| format!("document {:?}: invalid: {}", doc.id, redact_text(&doc.why))).collect(),
     );
+    report.warn_each(census.near_misses.iter().map(|(id, line)| format!("rule {id:?}: {line}")).collect());
     let odd = census.replicators.iter().filter(|replicator| !replicator.odd.is_empty());
     report.warn_each(odd.map(|replicator| format!("replicator {:?}: {}", replicator.id, replicator.odd)).collect());
 }

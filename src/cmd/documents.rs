@@ -1,6 +1,7 @@
 //! The documents of the spiegel database, as `check` and `status` see them: read once from end to end, kept in few words.
 
 use crate::couch::{Couch, CouchError, encode_segment};
+use crate::rules::fields::near_misses;
 use crate::rules::invalid::{Invalid as Fault, summary};
 use crate::rules::pattern::Pattern;
 use crate::rules::rule::Rule;
@@ -24,6 +25,8 @@ pub(super) struct Census {
     pub dirty_replicators: usize,
     pub dirty_change_listeners: usize,
     pub invalid: Vec<Invalid>,
+    /// Of rules, what means nothing and was perhaps meant, by id.
+    pub near_misses: Vec<(String, String)>,
     /// The feed's position; none before the first start.
     pub watermark: Option<Value>,
 }
@@ -52,26 +55,20 @@ pub(super) struct Invalid {
 impl Census {
     pub async fn of(couch: &Couch, db: &str) -> Result<Self, CouchError> {
         let mut census = Self::default();
-        let mut after: Option<String> = None;
-        loop {
-            let (docs, last_id) = page(couch, db, after.as_deref()).await?;
-            for doc in &docs {
-                census.add(doc);
-            }
-            match last_id {
-                Some(id) => after = Some(id),
-                None => return Ok(census),
-            }
-        }
+        each_page_of_documents(couch, db, |docs| docs.iter().for_each(|doc| census.add(doc))).await?;
+        Ok(census)
     }
 
     fn add(&mut self, doc: &Value) {
         let id = doc["_id"].as_str().unwrap_or_default();
         match doc["type"].as_str() {
-            Some("on_change") => match rule_facts(doc) {
-                Ok(rule) => self.rules.push(rule),
-                Err(faults) => self.invalid.push(Invalid { id: id.to_string(), why: summary(&faults) }),
-            },
+            Some("on_change") => {
+                self.near_misses.extend(near_misses(doc).into_iter().map(|line| (id.to_string(), line)));
+                match rule_facts(doc) {
+                    Ok(rule) => self.rules.push(rule),
+                    Err(faults) => self.invalid.push(Invalid { id: id.to_string(), why: summary(&faults) }),
+                }
+            }
             Some("replicator") => {
                 self.dirty_replicators += usize::from(is_dirty(doc));
                 match replicator_facts(doc) {
@@ -104,6 +101,19 @@ fn replicator_facts(doc: &Value) -> Result<ReplicatorFacts, Vec<Fault>> {
     let source_db = replicator.source.db_name().to_string();
     let urls = [&replicator.source, &replicator.target].into_iter().filter_map(|endpoint| endpoint.url().cloned()).collect();
     Ok(ReplicatorFacts { id: replicator.id.to_string(), source_db, urls, odd: summary(&replicator.warnings) })
+}
+
+/// Hands each page of a database's documents to `look`.
+pub(super) async fn each_page_of_documents(couch: &Couch, db: &str, mut look: impl FnMut(&[Value])) -> Result<(), CouchError> {
+    let mut after: Option<String> = None;
+    loop {
+        let (docs, last_id) = page(couch, db, after.as_deref()).await?;
+        look(&docs);
+        match last_id {
+            Some(id) => after = Some(id),
+            None => return Ok(()),
+        }
+    }
 }
 
 /// Documents behind `after`, and the last id where more may follow.
@@ -159,7 +169,7 @@ mod tests {
     fn each_document_is_counted_once() {
         let mut census = Census::default();
         for doc in [
-            json!({ "_id": "r1", "type": "on_change", "db_name": "^a$", "url": "http://u@h/x" }),
+            json!({ "_id": "r1", "type": "on_change", "db_name": "^a$", "url": "http://u@h/x", "metod": "PUT" }),
             json!({ "_id": "r2", "type": "on_change", "db_name": "(", "url": "http://h/x" }),
             json!({ "_id": "r3", "type": "on_change" }),
             json!({ "_id": "p1", "type": "replicator", "source": "http://h/a%2Fb", "target": { "url": "http://h/t" } }),
@@ -177,6 +187,7 @@ mod tests {
         assert_eq!(census.replicators.iter().map(|r| r.source_db.as_str()).collect::<Vec<_>>(), ["a/b", "b"]);
         assert_eq!(census.invalid.iter().map(|i| i.id.as_str()).collect::<Vec<_>>(), ["r2", "r3", "p3"]);
         assert_eq!((census.dirty_replicators, census.change_listeners, census.dirty_change_listeners), (1, 2, 1));
+        assert_eq!(census.near_misses.iter().map(|(id, _)| id.as_str()).collect::<Vec<_>>(), ["r1"]);
         assert_eq!(census.watermark, Some(json!("5-x")));
     }
 }

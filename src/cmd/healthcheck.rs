@@ -13,7 +13,7 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 
 pub(super) async fn command(settings: &Settings, is_ready_asked: bool) -> Result<Exit, Failure> {
     let Some(listen) = settings.admin_listen else {
-        return Err(Failure::new(Exit::NotReady, "admin.listen is off: there is nobody to ask"));
+        return Err(Failure::new(Exit::No, "admin.listen is off: there is nobody to ask"));
     };
     let (page, word) = if is_ready_asked { ("/ready", "ready") } else { ("/live", "alive") };
     match ask(listen, page).await {
@@ -23,9 +23,9 @@ pub(super) async fn command(settings: &Settings, is_ready_asked: bool) -> Result
         }
         Ok((status, body)) => {
             let reason = body["reason"].as_str().map_or_else(|| format!("{page} answered {status}"), str::to_string);
-            Err(Failure::new(Exit::NotReady, format!("not {word}: {reason}")))
+            Err(Failure::new(Exit::No, format!("not {word}: {reason}")))
         }
-        Err(error) => Err(Failure::new(Exit::NotReady, error)),
+        Err(error) => Err(Failure::new(Exit::No, error)),
     }
 }
 
@@ -83,12 +83,12 @@ mod tests {
         let mut settings = crate::config::load(crate::config::Sources::default()).expect("the defaults").settings;
         settings.admin_listen = Some(admin.address);
         let failure = command(&settings, true).await.expect_err("not ready");
-        assert_eq!((failure.exit, failure.message.as_str()), (Exit::NotReady, "not ready: the feed is not open yet"));
+        assert_eq!((failure.exit, failure.message.as_str()), (Exit::No, "not ready: the feed is not open yet"));
         assert_eq!(ask(admin.address, "/status").await, Ok((200, serde_json::json!({ "rules": 1 }))));
 
         admin.task.abort();
         let _ = admin.task.await;
         let failure = command(&settings, true).await.expect_err("gone");
-        assert_eq!(failure.exit, Exit::NotReady);
+        assert_eq!(failure.exit, Exit::No);
     }
 }

@@ -8,13 +8,13 @@ use crate::db::positions::{PageOutcome, RuleId};
 use crate::deliveries::index::Standing;
 use crate::deliveries::{Deliveries, Owed};
 use crate::job::{DbName, Failed, Outcome, Verdict};
+use crate::rules::document::Document;
 use crate::rules::handling::{OnFailure, Order};
 use crate::rules::rule::Rule;
 use crate::schedule::Pool;
 use crate::vault::Vault;
 use crate::webhook::{Delivery, HttpSender};
 use futures_util::future::join_all;
-use serde_json::Value;
 use std::collections::{BTreeMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
@@ -97,7 +97,6 @@ pub async fn deliver(means: &Means<'_>, to: Addressee<'_>, rows: &[Row]) -> Deli
         failures: BTreeMap::new(),
         parking: Vec::new(),
     };
-    let needs_doc = to.rules.iter().any(|rule| rule.needs_doc());
     let disabled: Vec<bool> = to.rules.iter().map(|rule| means.deliveries.is_disabled(rule)).collect();
     let mut waiting: Vec<Pending> = Vec::new();
     let mut lines: BTreeMap<RuleId, (Arc<Rule>, Line)> = BTreeMap::new();
@@ -106,12 +105,9 @@ pub async fn deliver(means: &Means<'_>, to: Addressee<'_>, rows: &[Row]) -> Deli
     let mut probing = to.probing;
 
     for (index, row) in rows.iter().enumerate() {
-        let doc = match (&row.doc, needs_doc) {
-            (Some(raw), true) => serde_json::from_str::<Value>(raw.get()).ok(),
-            _ => None,
-        };
+        let doc = Document::of(row);
         let mut blocking = Vec::new();
-        let matching = to.rules.iter().zip(&disabled).filter(|(rule, _)| rule.matches(row, doc.as_ref()));
+        let matching = to.rules.iter().zip(&disabled).filter(|(rule, _)| rule.matches(&doc));
         for (rule, is_disabled) in matching {
             let key = delivery_key(&rule.id, row);
             if to.delivered.contains(&key) {
@@ -137,7 +133,7 @@ pub async fn deliver(means: &Means<'_>, to: Addressee<'_>, rows: &[Row]) -> Deli
                     continue;
                 }
             }
-            let built = crate::webhook::delivery(means.vault, rule, to.db, to.instance_start_time, row, 0).map_err(unbuildable);
+            let built = crate::webhook::delivery(means.vault, rule, to.db, to.instance_start_time, &doc, 0).map_err(unbuildable);
             if rule.handling.order == Order::Database && !rule.block && !probing {
                 let line = lines.entry(rule.id.clone()).or_insert_with(|| (rule.clone(), Vec::new()));
                 line.1.push((index, key, built));

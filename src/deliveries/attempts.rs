@@ -8,6 +8,7 @@ use crate::couch::docs::Current;
 use crate::couch::{CouchError, Row, Seq, WriteResult};
 use crate::job::{DbName, Failed, Outcome, Verdict};
 use crate::rules::catalogue::{Snapshot, changed_rules};
+use crate::rules::document::Document;
 use crate::rules::rule::Rule;
 use crate::telemetry::StateLabels;
 use serde_json::{Value, json};
@@ -187,20 +188,19 @@ impl Tries {
         let Some(row) = row_of(&parked, current) else {
             return self.end(parked, State::Dropped, "the document is gone").await;
         };
-        let doc = row.doc.as_ref().and_then(|doc| serde_json::from_str::<Value>(doc.get()).ok());
-        if !rule.matches(&row, doc.as_ref()) {
+        let doc = Document::of(&row);
+        if !rule.matches(&doc) {
             // As the feed has it: a state that came and went is not told of.
             tracing::debug!(rule = %rule.id, db = parked.db, "the document's newest state is none of the rule's business");
             return self.done(parked, row.rev()).await;
         }
-        drop(doc);
         let db: DbName = parked.db.as_str().into();
         let delivery = match crate::webhook::delivery(
             &self.arguments.vault,
             &rule,
             &db,
             &parked.instance_start_time,
-            &row,
+            &doc,
             parked.replays,
         ) {
             Ok(delivery) => delivery,

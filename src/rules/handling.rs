@@ -1,5 +1,7 @@
 //! What a rule says about how its requests are delivered: signed by whom, retried how, in which order, how many together.
 
+pub(in crate::rules) mod fields;
+
 use reqwest::header::{HeaderName, HeaderValue};
 use std::sync::Arc;
 use std::time::Duration;
@@ -51,8 +53,19 @@ pub enum Strategy {
 /// Statuses of one hundred, or one status.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Statuses {
+    /// 4 for 4xx.
     Class(u16),
     One(u16),
+}
+
+impl Statuses {
+    /// 410 is never worth another try: it disables the rule.
+    pub fn contains(self, status: u16) -> bool {
+        match self {
+            Statuses::Class(hundred) => status / 100 == hundred && status != 410,
+            Statuses::One(one) => status == one,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -1,15 +1,16 @@
 //! One `on_change` document.
 
+use super::document::Document;
 use super::handling::Handling;
-use super::invalid::{Invalid, kind_of};
+use super::handling::fields::{self, Beside};
+use super::invalid::{Faults, Invalid, given, kind_of, wrong_kind};
 use super::pattern::Pattern;
 use super::selector::Selector;
-use super::template::{ParamsTemplate, UrlTemplate, change_text};
+use super::template::{ParamsTemplate, UrlTemplate};
 use crate::couch::Row;
 use crate::vault::redact_text;
 use reqwest::Method;
 use serde_json::{Map, Number, Value};
-use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
 use url::Url;
@@ -79,7 +80,7 @@ impl Rule {
         let Value::Object(fields) = doc else {
             return Err(vec![Invalid::new("the document", format!("must be an object, not {}", kind_of(doc)))]);
         };
-        let mut faults = Faults(Vec::new());
+        let mut faults = Faults::default();
         let id = faults.note(id(fields));
         let pattern = faults.note(pattern(fields));
         let url = faults.note(url(fields));
@@ -90,6 +91,19 @@ impl Rule {
         let selector = faults.note(given(fields, "selector").map(Selector::parse).transpose());
         let deleted = faults.note(deleted(fields));
         let design_docs = faults.note(design_docs(fields));
+        let block = fields.get("block").is_some_and(is_truthy);
+        let debounce = fields.get("debounce").is_some_and(is_truthy);
+        let beside = Beside {
+            method: method.as_ref(),
+            has_user: url.as_ref().is_some_and(|(_, template)| template.has_user()),
+            is_of_one_change: url.as_ref().is_some_and(|(_, template)| template.is_of_one_change()),
+            block,
+            debounce,
+        };
+        let handling = fields::read(fields, beside, &mut faults);
+        if !faults.0.is_empty() {
+            return Err(faults.0);
+        }
         match (id, pattern, url, params, method, since, condition, selector, deleted, design_docs) {
             (
                 Some(id),
@@ -111,14 +125,14 @@ impl Rule {
                 url_template,
                 params,
                 method,
-                block: fields.get("block").is_some_and(is_truthy),
-                debounce: fields.get("debounce").is_some_and(is_truthy),
+                block,
+                debounce,
                 since,
                 condition,
                 selector,
                 deleted,
                 design_docs,
-                handling: Handling::default(),
+                handling,
             }),
             _ => Err(faults.0),
         }
@@ -138,43 +152,43 @@ impl Rule {
         self.pattern.may_match(db)
     }
 
-    /// True where the change is this rule's business. `doc` is the row's document, read; a rule that tests none ignores it. A
-    /// row without a document, a deletion for example, is tested by its id and revision.
-    pub fn matches(&self, row: &Row, doc: Option<&Value>) -> bool {
-        let deletion_fits = match self.deleted {
+    /// True where the change is this rule's business. A row without a document, a deletion for example, is tested by its id and
+    /// revision.
+    pub fn matches(&self, doc: &Document<'_>) -> bool {
+        self.takes_deletion(doc.row())
+            && (self.design_docs || !is_design_doc(doc.row()))
+            && self.condition.iter().all(|test| test.holds(doc))
+            && self.selector.as_ref().is_none_or(|selector| selector.matches(doc))
+    }
+
+    fn takes_deletion(&self, row: &Row) -> bool {
+        match self.deleted {
             DeletedFilter::Any => true,
             DeletedFilter::Only => row.deleted,
             DeletedFilter::Never => !row.deleted,
-        };
-        if !deletion_fits || (!self.design_docs && row.id.starts_with("_design/")) {
-            return false;
         }
-        if self.condition.is_empty() && self.selector.is_none() {
-            return true;
+    }
+
+    /// Why a change is not this rule's business, for a person; empty where it is.
+    pub fn objections(&self, doc: &Document<'_>) -> Vec<String> {
+        let mut objections = Vec::new();
+        if !self.takes_deletion(doc.row()) {
+            let what = if doc.row().deleted { "this is a deletion" } else { "this is no deletion" };
+            objections.push(format!("deleted: {what}"));
         }
-        let doc = match doc {
-            Some(doc @ Value::Object(_)) => Cow::Borrowed(doc),
-            _ => Cow::Owned(serde_json::from_str(&change_text(row)).unwrap_or(Value::Null)),
-        };
-        self.condition.iter().all(|test| test.holds(&doc)) && self.selector.as_ref().is_none_or(|selector| selector.matches(&doc))
+        if !self.design_docs && is_design_doc(doc.row()) {
+            objections.push(String::from("design_docs: this is one"));
+        }
+        objections.extend(self.condition.iter().filter(|test| !test.holds(doc)).map(|test| test.objection(doc)));
+        if self.selector.as_ref().is_some_and(|selector| !selector.matches(doc)) {
+            objections.push(String::from("selector: does not match"));
+        }
+        objections
     }
 }
 
-struct Faults(Vec<Invalid>);
-
-impl Faults {
-    fn note<T>(&mut self, read: Result<T, Invalid>) -> Option<T> {
-        read.map_err(|invalid| self.0.push(invalid)).ok()
-    }
-}
-
-/// Null is as good as absent.
-fn given<'f>(fields: &'f Map<String, Value>, name: &str) -> Option<&'f Value> {
-    fields.get(name).filter(|value| !value.is_null())
-}
-
-fn wrong_kind<T>(field: &str, wanted: &str, value: &Value) -> Result<T, Invalid> {
-    Err(Invalid::new(field, format!("must be {wanted}, not {}", kind_of(value))))
+fn is_design_doc(row: &Row) -> bool {
+    row.id.starts_with("_design/")
 }
 
 fn id(fields: &Map<String, Value>) -> Result<Arc<str>, Invalid> {
@@ -203,9 +217,10 @@ fn url(fields: &Map<String, Value>) -> Result<(String, UrlTemplate), Invalid> {
     };
     let template = UrlTemplate::parse(url);
     let sample = Url::parse(&template.sample()).map_err(|error| Invalid::new("url", format!("is not a URL: {error}")))?;
-    match sample.scheme() {
-        "http" | "https" => Ok((url.clone(), template)),
-        scheme => Err(Invalid::new("url", format!("must be http or https, not {scheme}"))),
+    match (sample.scheme(), template.objection()) {
+        ("http" | "https", None) => Ok((url.clone(), template)),
+        ("http" | "https", Some(objection)) => Err(Invalid::new("url", objection)),
+        (scheme, _) => Err(Invalid::new("url", format!("must be http or https, not {scheme}"))),
     }
 }
 
@@ -225,6 +240,11 @@ fn method(fields: &Map<String, Value>) -> Result<Method, Invalid> {
             .map_err(|_| Invalid::new("method", "is not an HTTP method")),
         Some(other) => wrong_kind("method", "a string", other),
     }
+}
+
+/// As the original has it: these carry the params as a query, the others as a JSON body.
+pub fn sends_query(method: &Method) -> bool {
+    matches!(*method, Method::GET | Method::HEAD | Method::DELETE)
 }
 
 fn since(fields: &Map<String, Value>) -> Result<Option<SinceOverride>, Invalid> {
@@ -287,26 +307,25 @@ fn is_truthy(value: &Value) -> bool {
 
 impl Test {
     /// A missing or null attribute never meets a pattern; the original tested the word "undefined".
-    fn holds(&self, doc: &Value) -> bool {
-        match (&self.pattern, attribute(doc, &self.attribute)) {
-            (None, found) => found.is_none_or(Value::is_null),
+    fn holds(&self, doc: &Document<'_>) -> bool {
+        match (&self.pattern, doc.value(&self.attribute)) {
+            (None, value) => value.is_none_or(Value::is_null),
             (Some(_), None | Some(Value::Null)) => false,
             (Some(pattern), Some(Value::String(text))) => pattern.may_match(text),
             (Some(pattern), Some(value)) => pattern.may_match(&js_string(value)),
         }
     }
-}
 
-/// An attribute whose name has the dot in it wins over a path.
-fn attribute<'d>(doc: &'d Value, name: &str) -> Option<&'d Value> {
-    if let Some(value) = doc.get(name) {
-        return Some(value);
+    /// Of a test that does not hold.
+    fn objection(&self, doc: &Document<'_>) -> String {
+        let why = match (&self.pattern, doc.value(&self.attribute)) {
+            (_, None) => "is missing",
+            (Some(_), Some(Value::Null)) => "is null",
+            (Some(_), Some(_)) => "does not match",
+            (None, Some(_)) => "is neither null nor missing",
+        };
+        format!("if.{}: {why}", self.attribute)
     }
-    name.split('.').try_fold(doc, |value, part| match value {
-        Value::Object(fields) => fields.get(part),
-        Value::Array(items) => items.get(part.parse::<usize>().ok()?),
-        _ => None,
-    })
 }
 
 /// As JavaScript's `String(value)`.
@@ -354,6 +373,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
     use serde_json::json;
+    use serde_json::value::RawValue;
 
     fn rule(extra: Value) -> Rule {
         let mut doc = json!({"_id": "r", "_rev": "1-r", "type": "on_change", "db_name": "foo", "url": "http://h/"});
@@ -371,9 +391,17 @@ mod tests {
         serde_json::from_value(value).expect("a row")
     }
 
+    fn matches(rule: &Rule, change: &Row, doc: Value) -> bool {
+        let change = Row { doc: Some(RawValue::from_string(doc.to_string()).expect("JSON").into()), ..change.clone() };
+        let doc = Document::of(&change);
+        let matches = rule.matches(&doc);
+        assert_eq!(rule.objections(&doc).is_empty(), matches, "{rule:?}");
+        matches
+    }
+
     fn meets(condition: Value, doc: Value) -> bool {
         let change = row(json!({"seq": "1-a", "id": "some-id", "changes": [{"rev": "1-a"}]}));
-        rule(json!({"if": condition})).matches(&change, Some(&doc))
+        matches(&rule(json!({"if": condition})), &change, doc)
     }
 
     #[test]
@@ -388,7 +416,7 @@ mod tests {
         assert_eq!(rule.deleted, DeletedFilter::Any);
         assert!(rule.matches_name("all_blog_posts") && !rule.matches_name("x_all_blog_posts"));
         let change = row(json!({"seq": 1, "id": "a", "changes": [{"rev": "1-a"}], "doc": {"_id": "a"}}));
-        let rendered = render(&rule, "all_blog_posts", &change);
+        let rendered = render(&rule, "all_blog_posts", &Document::of(&change));
         assert_eq!(
             (rendered.url.as_str(), rendered.params.as_str()),
             ("http://user@yourapi.com/calc-stats", r#"{"change":{"_id":"a"}}"#)
@@ -440,7 +468,7 @@ mod tests {
     fn debug_shows_no_password() {
         let rule = rule(json!({"url": "http://u:s3cret@h/${seq}", "params": {"token": "s3cret"}}));
         let change = row(json!({"seq": 1, "id": "a", "changes": []}));
-        assert!(!format!("{rule:?} {:?}", render(&rule, "db", &change)).contains("s3cret"));
+        assert!(!format!("{rule:?} {:?}", render(&rule, "db", &Document::of(&change))).contains("s3cret"));
     }
 
     #[test]
@@ -543,7 +571,7 @@ mod tests {
         let live = row(json!({"seq": 1, "id": "a", "changes": [{"rev": "1-a"}]}));
         let gone = row(json!({"seq": 2, "id": "a", "changes": [{"rev": "2-a"}], "deleted": true}));
         let design = row(json!({"seq": 3, "id": "_design/a", "changes": [{"rev": "1-a"}]}));
-        let fits = |rule: &Rule| [&live, &gone, &design].map(|row| rule.matches(row, None));
+        let fits = |rule: &Rule| [&live, &gone, &design].map(|row| rule.matches(&Document::of(row)));
         assert_eq!(fits(&rule(json!({}))), [true, true, true]);
         assert_eq!(fits(&rule(json!({"deleted": "any"}))), [true, true, true]);
         assert_eq!(fits(&rule(json!({"deleted": true}))), [false, true, false]);
@@ -561,8 +589,8 @@ mod tests {
             (json!({"selector": {"_deleted": true}}), true),
             (json!({"selector": {"type": "post"}}), false),
         ] {
-            assert_eq!(rule(extra.clone()).matches(&gone, None), expected, "{extra}");
-            assert_eq!(rule(extra).matches(&gone, Some(&Value::Null)), expected);
+            assert_eq!(rule(extra.clone()).matches(&Document::of(&gone)), expected, "{extra}");
+            assert_eq!(matches(&rule(extra), &gone, Value::Null), expected);
         }
     }
 
@@ -570,9 +598,9 @@ mod tests {
     fn if_and_selector_must_both_hold() {
         let rule = rule(json!({"if": {"type": "post"}, "selector": {"stars": {"$gt": 3}}}));
         let change = row(json!({"seq": 1, "id": "a", "changes": []}));
-        assert!(rule.matches(&change, Some(&json!({"type": "post", "stars": 4}))));
-        assert!(!rule.matches(&change, Some(&json!({"type": "post", "stars": 3}))));
-        assert!(!rule.matches(&change, Some(&json!({"type": "page", "stars": 4}))));
+        assert!(matches(&rule, &change, json!({"type": "post", "stars": 4})));
+        assert!(!matches(&rule, &change, json!({"type": "post", "stars": 3})));
+        assert!(!matches(&rule, &change, json!({"type": "page", "stars": 4})));
     }
 
     #[test]
@@ -614,16 +642,17 @@ mod tests {
         fn no_document_panics(values in prop::collection::vec(any_json(), 11), doc in any_json()) {
             let names = ["db_name", "url", "params", "method", "block", "debounce", "since", "if", "selector", "deleted", "design_docs"];
             let mut fields = json!({"_id": "r", "db_name": "a", "url": "http://h/${change}"});
+            let length = doc.to_string().len();
             for (at, (name, value)) in names.into_iter().zip(values).enumerate() {
                 // Some of the fields only, so that a good part of the rules is valid.
-                if (doc.to_string().len() + at) % 3 == 0 {
+                if (length + at) % 3 == 0 {
                     fields[name] = value;
                 }
             }
             if let Ok(rule) = Rule::parse(&fields) {
                 let change = row(json!({"seq": 1, "id": "a", "changes": []}));
-                let _ = rule.matches(&change, Some(&doc));
-                let _ = render(&rule, "db", &change);
+                let _ = matches(&rule, &change, doc);
+                let _ = render(&rule, "db", &Document::of(&change));
             }
         }
     }

@@ -6,6 +6,7 @@
 //! Strings are ordered nearly as by CouchDB's ICU collation: punctuation, digits, letters without regard to case, lower case
 //! first; characters beyond ASCII by code point. `_id` is ordered by bytes.
 
+use super::document::{Document, member};
 use super::invalid::{Invalid, kind_of};
 use super::pattern::Pattern;
 use serde_json::{Map, Number, Value};
@@ -59,8 +60,11 @@ impl Selector {
         }
     }
 
-    pub fn matches(&self, doc: &Value) -> bool {
-        self.0.matches(doc)
+    pub fn matches(&self, doc: &Document<'_>) -> bool {
+        self.0.matches(&|path| match path {
+            [] => Some(doc.whole()),
+            [first, rest @ ..] => find(doc.top(first)?, rest),
+        })
     }
 }
 
@@ -202,17 +206,18 @@ fn field(path: &[String], condition: Condition, negated: bool) -> Node {
     Node::Field { path: path.to_vec(), condition, negated }
 }
 
-/// A dot separates; a backslash before it makes it part of the name.
+/// A dot separates. A backslash before it makes it part of the name, as one before a `$` does; CouchDB drops all of them.
 fn deeper(path: &[String], name: &str) -> Result<Vec<String>, Invalid> {
     let mut path = path.to_vec();
     let mut part = String::new();
-    let mut chars = name.chars().peekable();
-    while let Some(c) = chars.next() {
+    let mut escaped = false;
+    for c in name.chars() {
         match c {
-            '\\' if chars.next_if_eq(&'.').is_some() => part.push('.'),
-            '.' => path.push(std::mem::take(&mut part)),
+            '\\' => {}
+            '.' if !escaped => path.push(std::mem::take(&mut part)),
             other => part.push(other),
         }
+        escaped = c == '\\';
     }
     path.push(part);
     match path.iter().any(String::is_empty) {
@@ -222,11 +227,12 @@ fn deeper(path: &[String], name: &str) -> Result<Vec<String>, Invalid> {
 }
 
 impl Node {
-    fn matches(&self, value: &Value) -> bool {
+    /// `find` looks a path up in what is tested.
+    fn matches<'v>(&self, find: &dyn Fn(&[String]) -> Option<&'v Value>) -> bool {
         match self {
-            Node::And(nodes) => nodes.iter().all(|node| node.matches(value)),
-            Node::Or(nodes) => nodes.iter().any(|node| node.matches(value)),
-            Node::Field { path, condition, negated } => match (find(value, path), condition) {
+            Node::And(nodes) => nodes.iter().all(|node| node.matches(find)),
+            Node::Or(nodes) => nodes.iter().any(|node| node.matches(find)),
+            Node::Field { path, condition, negated } => match (find(path), condition) {
                 (None, condition) => matches!(condition, Condition::Exists(false)),
                 (Some(_), Condition::Exists(wanted)) => *wanted,
                 (Some(found), condition) => {
@@ -236,18 +242,14 @@ impl Node {
             },
         }
     }
+
+    fn matches_value(&self, value: &Value) -> bool {
+        self.matches(&|path| find(value, path))
+    }
 }
 
 fn find<'v>(value: &'v Value, path: &[String]) -> Option<&'v Value> {
-    let mut found = value;
-    for part in path {
-        found = match found {
-            Value::Object(fields) => fields.get(part)?,
-            Value::Array(items) => items.get(part.parse::<usize>().ok()?)?,
-            _ => return None,
-        };
-    }
-    Some(found)
+    path.iter().try_fold(value, |value, part| member(value, part))
 }
 
 type Order = fn(&Value, &Value) -> Ordering;
@@ -274,10 +276,12 @@ impl Condition {
             (Condition::BeginsWith(start), Value::String(text)) => text.starts_with(start.as_str()),
             (Condition::All(args), Value::Array(items)) => holds_all(args, items),
             (Condition::Size(size), Value::Array(items)) => items.len() == *size,
-            (Condition::ElemMatch(node), Value::Array(items)) => items.iter().any(|item| node.matches(item)),
-            (Condition::AllMatch(node), Value::Array(items)) => !items.is_empty() && items.iter().all(|item| node.matches(item)),
+            (Condition::ElemMatch(node), Value::Array(items)) => items.iter().any(|item| node.matches_value(item)),
+            (Condition::AllMatch(node), Value::Array(items)) => {
+                !items.is_empty() && items.iter().all(|item| node.matches_value(item))
+            }
             (Condition::KeyMapMatch(node), Value::Object(fields)) => {
-                fields.keys().any(|key| node.matches(&Value::String(key.clone())))
+                fields.keys().any(|key| node.matches_value(&Value::String(key.clone())))
             }
             _ => false,
         }
@@ -374,13 +378,16 @@ fn primary_weight(c: char) -> u32 {
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 mod tests {
     use super::*;
+    use crate::couch::Row;
     use serde_json::json;
 
-    fn doc() -> Value {
-        json!({
+    fn doc() -> Row {
+        let doc = json!({
             "_id": "Doc", "n": 5, "f": 2.5, "s": "Bob", "nul": null, "yes": true, "tags": ["a", "b", 3], "empty": [],
-            "nested": {"deep": {"x": 1}}, "a.b": 1, "people": [{"name": "ann", "age": 30}, {"name": "bob", "age": 50}], "o": {}
-        })
+            "nested": {"deep": {"x": 1}}, "a.b": 1, "people": [{"name": "ann", "age": 30}, {"name": "bob", "age": 50}], "o": {},
+            "$cost": 7
+        });
+        serde_json::from_value(json!({"seq": 1, "id": "Doc", "changes": [], "doc": doc})).expect("a row")
     }
 
     #[test]
@@ -397,6 +404,11 @@ mod tests {
             (json!({"nested": {"$eq": {"deep": {"x": 1}}}}), true),
             (json!({"a\\.b": 1}), true),
             (json!({"a.b": 1}), false),
+            (json!({"\\$cost": 7}), true),
+            (json!({"\\n": 5}), true),
+            (json!({"nes\\ted.deep": {"\\x": 1}}), true),
+            (json!({"$keyMapMatch": {"$eq": "tags"}}), true),
+            (json!({"$keyMapMatch": {"$eq": "x"}}), false),
             (json!({"people.1.name": "bob"}), true),
             (json!({"o": {}}), true),
             (json!({"n": {}}), false),
@@ -472,7 +484,7 @@ mod tests {
         ];
         for (selector, expected) in cases {
             let parsed = Selector::parse(&selector).unwrap_or_else(|e| panic!("{selector}: {e}"));
-            assert_eq!(parsed.matches(&doc()), expected, "{selector}");
+            assert_eq!(parsed.matches(&Document::of(&doc())), expected, "{selector}");
         }
     }
 

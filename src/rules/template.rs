@@ -1,19 +1,23 @@
 //! `$change` and its like, in params and in the URL.
 //!
 //! A template is compiled when its rule is read; rendering copies texts. `$change` embeds the document's text as CouchDB sent
-//! it, without parsing it.
+//! it, and `$change.doc.<path>` a piece of it, without parsing either.
 //!
 //! The original inserted values into the URL as they were. Here they are percent-encoded as one path segment or query value, so
 //! that an id with `/`, `?`, `#`, `%` or a space stays one value and cannot turn the URL into another. A value of `.` or `..`,
-//! which every URL parser would resolve as a step in the path, encoded or not, is encoded twice.
+//! which every URL parser would resolve as a step in the path, encoded or not, is encoded twice. A document's attributes may
+//! not stand where they choose the host, or where an empty one would take a segment out of the path.
 
+use super::document::{Document, push_json_string};
 use super::rule::Rule;
 use crate::couch::{Row, Seq};
 use crate::vault::redact_text;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use reqwest::Method;
 use serde_json::{Map, Value};
+use std::borrow::Cow;
 use std::fmt;
+use url::{Position, Url};
 
 /// RFC 3986's unreserved characters mean themselves everywhere in a URL.
 const VALUE: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
@@ -34,30 +38,39 @@ impl fmt::Debug for Rendered {
     }
 }
 
-pub fn render(rule: &Rule, db: &str, row: &Row) -> Rendered {
-    let change = Change { db, row };
+pub fn render(rule: &Rule, db: &str, doc: &Document<'_>) -> Rendered {
+    let change = Change { db, doc };
     Rendered { method: rule.method.clone(), url: rule.url_template.render(&change), params: rule.params_template.render(&change) }
 }
 
-/// The document of a change as text. A row without one is told by its id and revision, as CouchDB tells a deletion.
-pub fn change_text(row: &Row) -> String {
-    let mut text = String::new();
-    push_change(&mut text, row);
-    text
-}
-
-struct Change<'c> {
+struct Change<'c, 'r> {
     db: &'c str,
-    row: &'c Row,
+    doc: &'c Document<'r>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+impl Change<'_, '_> {
+    fn row(&self) -> &Row {
+        self.doc.row()
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
 enum Variable {
     Change,
     ChangeId,
     ChangeRev,
+    Deleted,
     Seq,
     DbName,
+    Attribute(Box<Attribute>),
+}
+
+/// `change.doc.<name>`, with what stands for a missing or null one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Attribute {
+    name: String,
+    default_json: String,
+    default_text: String,
 }
 
 impl Variable {
@@ -68,58 +81,87 @@ impl Variable {
             "change" => Some(Variable::Change),
             "change.id" => Some(Variable::ChangeId),
             "change.rev" => Some(Variable::ChangeRev),
-            "seq" => Some(Variable::Seq),
+            "change.deleted" => Some(Variable::Deleted),
+            "seq" | "change.seq" => Some(Variable::Seq),
             "db_name" => Some(Variable::DbName),
-            _ => None,
+            name => Attribute::parse(name).map(|attribute| Variable::Attribute(Box::new(attribute))),
         }
     }
 
-    fn push_json(self, out: &mut String, change: &Change<'_>) {
+    /// In a URL the original's names need no braces in some places. Ours always do: what was a text stays one.
+    fn parse_in_url(part: &str) -> Option<Self> {
+        let is_ours = ["$change.doc.", "$change.deleted", "$change.seq"].iter().any(|name| part.starts_with(name));
+        if is_ours { None } else { Self::parse(part) }
+    }
+
+    fn push_json(&self, out: &mut String, change: &Change<'_, '_>) {
         match self {
-            Variable::Change => push_change(out, change.row),
-            Variable::ChangeId => push_json_string(out, &change.row.id),
-            Variable::ChangeRev => push_json_string(out, change.row.rev()),
-            Variable::Seq => match &change.row.seq {
+            Variable::Change => change.doc.push_text(out),
+            Variable::ChangeId => push_json_string(out, &change.row().id),
+            Variable::ChangeRev => push_json_string(out, change.row().rev()),
+            Variable::Deleted => out.push_str(bool_text(change.row().deleted)),
+            Variable::Seq => match &change.row().seq {
                 Seq::Number(number) => out.push_str(&number.to_string()),
                 Seq::Text(text) => push_json_string(out, text),
             },
             Variable::DbName => push_json_string(out, change.db),
+            Variable::Attribute(attribute) => out.push_str(attribute.of(change.doc).unwrap_or(&attribute.default_json)),
         }
     }
 
-    fn push_encoded(self, out: &mut String, change: &Change<'_>) {
+    fn push_encoded(&self, out: &mut String, change: &Change<'_, '_>) {
         match self {
-            Variable::Change => push_value(out, &change_text(change.row)),
-            Variable::ChangeId => push_value(out, &change.row.id),
-            Variable::ChangeRev => push_value(out, change.row.rev()),
-            Variable::Seq => push_value(out, &change.row.seq.as_query()),
+            Variable::Change => {
+                let mut text = String::new();
+                change.doc.push_text(&mut text);
+                push_value(out, &text);
+            }
+            Variable::ChangeId => push_value(out, &change.row().id),
+            Variable::ChangeRev => push_value(out, change.row().rev()),
+            Variable::Deleted => out.push_str(bool_text(change.row().deleted)),
+            Variable::Seq => push_value(out, &change.row().seq.as_query()),
             Variable::DbName => push_value(out, change.db),
+            Variable::Attribute(attribute) => match attribute.of(change.doc) {
+                Some(json) => push_value(out, &plain(json)),
+                None => push_value(out, &attribute.default_text),
+            },
         }
     }
 }
 
-fn push_change(out: &mut String, row: &Row) {
-    match row.doc.as_ref().map(|doc| doc.get()).filter(|doc| doc.starts_with('{')) {
-        Some(doc) => out.push_str(doc),
-        None => {
-            out.push_str("{\"_id\":");
-            push_json_string(out, &row.id);
-            out.push_str(",\"_rev\":");
-            push_json_string(out, row.rev());
-            out.push_str(if row.deleted { ",\"_deleted\":true}" } else { "}" });
+impl Attribute {
+    fn parse(text: &str) -> Option<Self> {
+        let rest = text.strip_prefix("change.doc.")?;
+        let (name, default) = rest.split_once(":-").map_or((rest, None), |(name, default)| (name, Some(default)));
+        if name.is_empty() {
+            return None;
         }
+        let default_json = match default {
+            None => String::from("null"),
+            Some(default) => match serde_json::from_str::<Value>(default) {
+                Ok(_) => default.trim().to_string(),
+                Err(_) => Value::from(default).to_string(),
+            },
+        };
+        let default_text = if default_json == "null" { String::new() } else { plain(&default_json).into_owned() };
+        Some(Self { name: name.to_string(), default_json, default_text })
+    }
+
+    fn of<'d>(&self, doc: &'d Document<'_>) -> Option<&'d str> {
+        doc.text(&self.name).filter(|text| *text != "null")
     }
 }
 
-fn push_json_string(out: &mut String, text: &str) {
-    // Nothing to escape: almost every id, revision and seq.
-    if text.bytes().all(|byte| byte >= b' ' && byte != b'"' && byte != b'\\') {
-        out.push('"');
-        out.push_str(text);
-        out.push('"');
-        return;
+/// A JSON text's content as it stands in a sentence: a string without its quotes, anything else as it is.
+fn plain(json: &str) -> Cow<'_, str> {
+    match json.starts_with('"') {
+        true => serde_json::from_str::<String>(json).map_or(Cow::Borrowed(json), Cow::Owned),
+        false => Cow::Borrowed(json),
     }
-    out.push_str(&Value::from(text).to_string());
+}
+
+fn bool_text(value: bool) -> &'static str {
+    if value { "true" } else { "false" }
 }
 
 fn push_value(out: &mut String, value: &str) {
@@ -148,16 +190,24 @@ impl Pieces {
         }
     }
 
-    fn uses(&self, variable: Variable) -> bool {
-        self.0.contains(&Piece::Variable(variable))
+    fn any(&self, fits: fn(&Variable) -> bool) -> bool {
+        self.0.iter().any(|piece| matches!(piece, Piece::Variable(variable) if fits(variable)))
     }
 
-    fn render(&self, change: &Change<'_>, push: fn(Variable, &mut String, &Change<'_>)) -> String {
+    fn needs_doc(&self) -> bool {
+        self.any(|variable| matches!(variable, Variable::Change | Variable::Attribute(_)))
+    }
+
+    fn needs_seq(&self) -> bool {
+        self.any(|variable| *variable == Variable::Seq)
+    }
+
+    fn render(&self, mut push: impl FnMut(&Variable, &mut String)) -> String {
         let mut out = String::with_capacity(256);
         for piece in &self.0 {
             match piece {
                 Piece::Text(text) => out.push_str(text),
-                Piece::Variable(variable) => push(*variable, &mut out, change),
+                Piece::Variable(variable) => push(variable, &mut out),
             }
         }
         out
@@ -172,7 +222,7 @@ impl UrlTemplate {
     pub fn parse(url: &str) -> Self {
         let mut pieces = Pieces::default();
         for part in url_parts(url) {
-            match Variable::parse(part) {
+            match Variable::parse_in_url(part) {
                 Some(variable) => pieces.0.push(Piece::Variable(variable)),
                 None => pieces.push_text(part),
             }
@@ -181,26 +231,53 @@ impl UrlTemplate {
     }
 
     pub fn needs_doc(&self) -> bool {
-        self.0.uses(Variable::Change)
+        self.0.needs_doc()
     }
 
     pub fn needs_seq(&self) -> bool {
-        self.0.uses(Variable::Seq)
+        self.0.needs_seq()
+    }
+
+    /// True where two changes of one database may have different URLs.
+    pub fn is_of_one_change(&self) -> bool {
+        self.0.any(|variable| *variable != Variable::DbName)
     }
 
     /// With a value that is good everywhere in a URL, a port too: for checking the rest.
     pub fn sample(&self) -> String {
-        self.0.render(&Change { db: "", row: &empty_row() }, |_, out, _| out.push('1'))
+        self.sample_with("1")
     }
 
-    fn render(&self, change: &Change<'_>) -> String {
-        self.0.render(change, Variable::push_encoded)
+    fn sample_with(&self, attribute: &str) -> String {
+        self.0.render(|variable, out| {
+            out.push_str(if matches!(variable, Variable::Attribute(_)) { attribute } else { "1" });
+        })
+    }
+
+    pub fn has_user(&self) -> bool {
+        Url::parse(&self.sample()).is_ok_and(|url| !url.username().is_empty() || url.password().is_some())
+    }
+
+    /// What is wrong with where a document's attributes stand.
+    pub fn objection(&self) -> Option<&'static str> {
+        let parsed = |attribute| Url::parse(&self.sample_with(attribute)).ok();
+        // A sample that is no URL was complained about before.
+        let sample = parsed("1")?;
+        let origin = |url: &Url| url[..Position::BeforePath].to_string();
+        let segments = |url: &Url| url.path().split('/').count();
+        let (Some(other), Some(empty)) = (parsed("2"), parsed("")) else { return Some(HOST_OF_DOCUMENT) };
+        if [&other, &empty].into_iter().any(|url| origin(url) != origin(&sample)) {
+            return Some(HOST_OF_DOCUMENT);
+        }
+        (segments(&empty) != segments(&sample)).then_some("would become another path where an attribute of the document is empty")
+    }
+
+    fn render(&self, change: &Change<'_, '_>) -> String {
+        self.0.render(|variable, out| variable.push_encoded(out, change))
     }
 }
 
-fn empty_row() -> Row {
-    Row { seq: Seq::zero(), id: String::new(), changes: Vec::new(), deleted: false, doc: None }
-}
+const HOST_OF_DOCUMENT: &str = "must not take its host or user from a document";
 
 /// The original cut a URL before each `${` and after each `}`, and took a whole part for a variable with braces or without.
 fn url_parts(url: &str) -> impl Iterator<Item = &str> {
@@ -242,15 +319,15 @@ impl ParamsTemplate {
     }
 
     pub fn needs_doc(&self) -> bool {
-        self.0.uses(Variable::Change)
+        self.0.needs_doc()
     }
 
     pub fn needs_seq(&self) -> bool {
-        self.0.uses(Variable::Seq)
+        self.0.needs_seq()
     }
 
-    fn render(&self, change: &Change<'_>) -> String {
-        self.0.render(change, Variable::push_json)
+    fn render(&self, change: &Change<'_, '_>) -> String {
+        self.0.render(|variable, out| variable.push_json(out, change))
     }
 }
 
@@ -269,11 +346,11 @@ mod tests {
     }
 
     fn params(params: &Value, row: &Row) -> String {
-        ParamsTemplate::parse(params.as_object().expect("an object")).render(&Change { db: "test_db1", row })
+        ParamsTemplate::parse(params.as_object().expect("an object")).render(&Change { db: "test_db1", doc: &Document::of(row) })
     }
 
     fn url(template: &str, db: &str, row: &Row) -> String {
-        UrlTemplate::parse(template).render(&Change { db, row })
+        UrlTemplate::parse(template).render(&Change { db, doc: &Document::of(row) })
     }
 
     #[test]
@@ -365,11 +442,185 @@ mod tests {
             let given = json!({"p": template});
             assert_eq!(ParamsTemplate::parse(given.as_object().unwrap()).needs_doc(), needs, "{template}");
         }
+        for (template, doc, seq) in [
+            ("$change.doc.a", true, false),
+            ("$change.doc.a:-1", true, false),
+            ("$change.deleted", false, false),
+            ("$change.seq", false, true),
+        ] {
+            let given = ParamsTemplate::parse(json!({"p": template}).as_object().unwrap());
+            assert_eq!((given.needs_doc(), given.needs_seq()), (doc, seq), "{template}");
+            let braced = UrlTemplate::parse(&format!("http://h/{}", template.replace('$', "${") + "}"));
+            assert_eq!((braced.needs_doc(), braced.needs_seq()), (doc, seq), "{template}");
+        }
         assert!(UrlTemplate::parse("http://h/${change}").needs_doc());
         assert!(!UrlTemplate::parse("http://h/${change.id}").needs_doc());
     }
 
+    fn row_with(doc: &Value) -> Row {
+        let row = json!({"seq": "9-z", "id": "x", "changes": [{"rev": "1-a"}], "doc": doc});
+        // From text, as it comes from CouchDB.
+        serde_json::from_str(&row.to_string()).expect("a row")
+    }
+
+    #[test]
+    fn attributes_of_the_document_keep_their_types() {
+        let row = row_with(&json!({
+            "_id": "x", "title": "A \"b\"", "n": 5, "yes": true, "nul": null, "list": [1, {"deep": "z"}], "a.b": "dotted", "a": {"b": "c"}
+        }));
+        for (template, expected) in [
+            ("$change.doc.title", json!("A \"b\"")),
+            ("${change.doc.title}", json!("A \"b\"")),
+            ("$change.doc.n", json!(5)),
+            ("$change.doc.yes", json!(true)),
+            ("$change.doc.nul", json!(null)),
+            ("$change.doc.missing", json!(null)),
+            ("$change.doc.list", json!([1, {"deep": "z"}])),
+            ("$change.doc.list.1.deep", json!("z")),
+            ("$change.doc.list.7", json!(null)),
+            ("$change.doc.a.b", json!("dotted")),
+            ("$change.doc.n:-6", json!(5)),
+            ("$change.doc.missing:-untitled", json!("untitled")),
+            ("$change.doc.nul:-untitled", json!("untitled")),
+            ("${change.doc.missing:-untitled}", json!("untitled")),
+            ("$change.doc.missing:-", json!("")),
+            ("$change.doc.missing:-7", json!(7)),
+            ("$change.doc.missing:- 7 ", json!(7)),
+            ("$change.doc.missing:-\"7\"", json!("7")),
+            ("$change.doc.missing:-{\"a\":[1]}", json!({"a": [1]})),
+            ("${change.doc.missing:-{\"a\":[1]}}", json!({"a": [1]})),
+            ("$change.doc.missing:-{a", json!("{a")),
+            ("$change.doc.missing:-a:-b", json!("a:-b")),
+            ("$change.deleted", json!(false)),
+            ("$change.seq", json!("9-z")),
+            // Not ours: they stay as they are.
+            ("$change.doc", json!("$change.doc")),
+            ("$change.doc.", json!("$change.doc.")),
+            ("$change.doc.:-x", json!("$change.doc.:-x")),
+            ("$change.id:-x", json!("$change.id:-x")),
+            (" $change.doc.title", json!(" $change.doc.title")),
+            ("$change.document", json!("$change.document")),
+        ] {
+            let rendered = params(&json!({"p": template, "after": 1}), &row);
+            assert_eq!(serde_json::from_str::<Value>(&rendered).unwrap(), json!({"p": expected, "after": 1}), "{template}");
+        }
+    }
+
+    #[test]
+    fn a_number_keeps_its_digits_and_a_piece_its_spelling() {
+        let text =
+            r#"{"seq":1,"id":"x","changes":[],"deleted":true,"doc":{"n":12345678901234567890.10, "o" : { "b": 1, "a":2}}}"#;
+        let row: Row = serde_json::from_str(text).unwrap();
+        let given = json!({"n": "$change.doc.n", "o": "$change.doc.o", "d": "$change.deleted"});
+        assert_eq!(params(&given, &row), r#"{"n":12345678901234567890.10,"o":{ "b": 1, "a":2},"d":true}"#);
+        assert_eq!(
+            url("http://h/?n=${change.doc.n}&d=${change.deleted}", "db", &row),
+            "http://h/?n=12345678901234567890.10&d=true"
+        );
+    }
+
+    #[test]
+    fn attributes_of_the_document_are_text_in_a_url() {
+        let row = row_with(&json!({"s": "a/b ?", "n": 1.5, "nul": null, "list": [1, "x"], "dots": "..", "lone": "x"}));
+        for (template, expected) in [
+            ("http://h/${change.doc.s}/y", "http://h/a%2Fb%20%3F/y"),
+            ("http://h/${change.doc.n}", "http://h/1.5"),
+            ("http://h/?q=${change.doc.list}", "http://h/?q=%5B1%2C%22x%22%5D"),
+            ("http://h/${change.doc.dots}/y", "http://h/%252E%252E/y"),
+            ("http://h/?q=${change.doc.nul}&r=${change.doc.missing}", "http://h/?q=&r="),
+            ("http://h/${change.doc.missing:-un titled}", "http://h/un%20titled"),
+            ("http://h/${change.doc.missing:-\"7\"}", "http://h/7"),
+            ("http://h/${change.doc.missing:-null}x", "http://h/x"),
+            ("http://h/${change.doc.s:-{\"a\":1}}", "http://h/a%2Fb%20%3F}"),
+            ("http://h/${change.seq}/${change.deleted}", "http://h/9-z/false"),
+            // Without braces they are none, wherever they stand.
+            ("http://h/${db_name}$change.doc.s", "http://h/db$change.doc.s"),
+            ("http://h/${db_name}$change.deleted", "http://h/db$change.deleted"),
+            ("http://h/${db_name}$change.seq", "http://h/db$change.seq"),
+            ("http://h/${change.doc}/${change.doc.}", "http://h/${change.doc}/${change.doc.}"),
+        ] {
+            assert_eq!(url(template, "db", &row), expected);
+        }
+        let surrogate: Row = serde_json::from_str(r#"{"seq":1,"id":"x","changes":[],"doc":{"s":"\ud800/"}}"#).unwrap();
+        assert_eq!(url("http://h/${change.doc.s}", "db", &surrogate), "http://h/%22%5Cud800%2F%22");
+    }
+
+    #[test]
+    fn a_document_may_not_choose_the_host_nor_shorten_the_path() {
+        let (host, path) = ("must not take its host or user from a document", "would become another path");
+        for (template, expected) in [
+            ("http://h/${change.doc.a}", None),
+            ("http://h/${change.doc.a}/${change.doc.b}?x=${change.doc.c}#${change.doc.d}", None),
+            ("http://${db_name}.h/${change.id}/${change.doc.a}", None),
+            ("http://h/x/.${change.doc.a}", None),
+            ("http://h/x/..${change.doc.a}y", None),
+            ("http://${change.doc.a}/", Some(host)),
+            ("http://${change.doc.a:-h}.example.com/", Some(host)),
+            ("http://h:${change.doc.a}/", Some(host)),
+            ("http://h${change.doc.a}", Some(host)),
+            ("http://${change.doc.a}@h/", Some(host)),
+            ("http://u:${change.doc.a}@h/", Some(host)),
+            ("http:/${change.doc.a}/x", Some(host)),
+            ("http://h/.${change.doc.a}/x", Some(path)),
+            ("http://h/x/.${change.doc.a}./y", Some(path)),
+            ("http://h/x/..${change.doc.a}${change.doc.b}/y", Some(path)),
+            ("http://h/x/%2e${change.doc.a}%2E", Some(path)),
+        ] {
+            let objection = UrlTemplate::parse(template).objection();
+            let fits = |wanted: &str| objection.is_some_and(|objection| objection.contains(wanted));
+            assert!(expected.map_or(objection.is_none(), fits), "{template}: {objection:?}");
+        }
+    }
+
+    #[test]
+    fn a_url_of_one_change_is_known() {
+        for (template, expected) in [
+            ("http://h/x", false),
+            ("http://h/${db_name}", false),
+            ("http://h/${change.id}", true),
+            ("http://h/${seq}", true),
+            ("http://h/${change.doc.a}", true),
+            ("http://h/${unknown}", false),
+        ] {
+            assert_eq!(UrlTemplate::parse(template).is_of_one_change(), expected, "{template}");
+        }
+    }
+
+    /// What a URL is made of, its values aside.
+    fn shape(url: &str) -> (String, usize, Vec<String>, bool) {
+        let url = url::Url::parse(url).expect("a URL");
+        let names = url.query_pairs().map(|(name, _)| name.into_owned()).collect();
+        (url[..Position::BeforePath].to_string(), url.path().split('/').count(), names, url.fragment().is_some())
+    }
+
+    fn any_value() -> impl Strategy<Value = Value> {
+        prop_oneof![
+            "(?s).{0,12}".prop_map(Value::from),
+            "[./?#%@:&=\\\\ \r\n2e{}$\"]{0,8}".prop_map(Value::from),
+            Just(Value::Null),
+            any::<i64>().prop_map(Value::from),
+            prop::collection::vec("[./?#\"]{0,3}", 0..3).prop_map(Value::from),
+            prop::collection::btree_map("[a./?#\"]{0,3}", any::<bool>(), 0..3).prop_map(|map| json!(map)),
+        ]
+    }
+
     proptest! {
+        #[test]
+        fn no_attribute_turns_the_url_into_another(a in any_value(), b in any_value()) {
+            let template = "https://u@h:81/x/${change.doc.a}/y/${change.doc.b.1}-${change.doc.b}?q=${change.doc.a}&r=${change.doc.b}#${change.doc.a}";
+            prop_assert!(UrlTemplate::parse(template).objection().is_none());
+            let of = |a: &Value, b: &Value| url(template, "db", &row_with(&json!({"a": a, "b": b})));
+            prop_assert_eq!(shape(&of(&a, &b)), shape(&of(&json!("1"), &json!("2"))));
+        }
+
+        #[test]
+        fn no_attribute_breaks_the_json(a in any_value(), name in "\\PC{0,6}") {
+            let rendered = params(&json!({name.clone(): "$change.doc.a", "\u{1}after": "$change.doc.a.a"}), &row_with(&json!({"a": a})));
+            let parsed: Value = serde_json::from_str(&rendered).unwrap();
+            prop_assert_eq!(parsed.as_object().map(Map::len), Some(2));
+            prop_assert_eq!(&parsed[name.as_str()], &a);
+        }
+
         #[test]
         fn whatever_the_id_the_path_keeps_its_segments(id in "\\PC{1,20}") {
             let parsed = url::Url::parse(&url("https://h/x/${change.id}/y?q=${change.id}", "db", &row(&id))).unwrap();

@@ -2,8 +2,8 @@
 
 use super::Delivery;
 use super::request::{self, RequestError, order_key, webhook_id};
-use crate::couch::Row;
 use crate::job::DbName;
+use crate::rules::document::Document;
 use crate::rules::rule::Rule;
 use crate::rules::template;
 use crate::vault::Vault;
@@ -14,10 +14,11 @@ pub fn delivery(
     rule: &Rule,
     db: &DbName,
     instance_start_time: &str,
-    row: &Row,
+    doc: &Document<'_>,
     replays: u64,
 ) -> Result<Delivery, RequestError> {
-    let rendered = template::render(rule, db, row);
+    let rendered = template::render(rule, db, doc);
+    let row = doc.row();
     let request = request::build(rendered, vault)?;
     let order_key = order_key(&rule.id, db, &row.id);
     let coalesce_key = match (rule.debounce, rule.handling.latest_only) {

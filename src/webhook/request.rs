@@ -3,7 +3,7 @@
 //! GET, HEAD and DELETE carry the params as a query, the others as a JSON body: an object even where a rule has none, as the
 //! original sent it. The password goes into a header and never into the URL, so that no error text can carry it.
 
-use crate::rules::rule::js_string;
+use crate::rules::rule::{js_string, sends_query};
 use crate::rules::template::Rendered;
 use crate::vault::{Credentials, Vault, VaultError, split_credentials};
 use base64::Engine;
@@ -71,10 +71,6 @@ pub fn build(rendered: Rendered, vault: &Vault) -> Result<WebhookRequest, Reques
         false => Some(Bytes::from(rendered.params)),
     };
     Ok(WebhookRequest { method: rendered.method, url, credentials, body, lane })
-}
-
-fn sends_query(method: &Method) -> bool {
-    matches!(*method, Method::GET | Method::HEAD | Method::DELETE)
 }
 
 fn add_query(url: &mut Url, params: &str) -> Result<(), RequestError> {

@@ -15,6 +15,7 @@ tests_on! {
         a_wrong_password_is_bad_config,
         the_admin_pages_answer,
         check_names_what_is_wrong,
+        rules_are_listed_with_what_is_wrong,
     ],
 }
 
@@ -35,6 +36,10 @@ async fn exit_codes_tell_what_went_wrong() {
         (nothing(), &["version"], 0, env!("CARGO_PKG_VERSION")),
         (nothing(), &[], 64, "Usage"),
         (nothing(), &["no-such-command"], 64, "no-such-command"),
+        (nothing(), &["rules"], 64, "Usage"),
+        (nothing(), &["rules", "test", "x"], 64, "--doc"),
+        (nothing(), &["rules", "test", "-", "--doc", "-"], 64, "standard input"),
+        (nothing(), &["rules", "test", "/no/such/rule", "--doc", "-"], 65, "/no/such/rule"),
         (nothing(), &["run", "--no-such-flag"], 64, "--no-such-flag"),
         (with(&[("FEED_HEARTBEAT", "a week")]), &["run"], 78, "feed.heartbeat"),
         (with(&[("NO_SUCH_KEY", "1")]), &["run"], 78, "SPIEGEL_NO_SUCH_KEY"),
@@ -45,6 +50,7 @@ async fn exit_codes_tell_what_went_wrong() {
         (with(&[("COUCHDB_URL", &gone)]), &["install"], 69, "127.0.0.1"),
         (with(&[("COUCHDB_URL", &gone)]), &["uninstall"], 69, "127.0.0.1"),
         (with(&[("COUCHDB_URL", &gone)]), &["check"], 69, "127.0.0.1"),
+        (with(&[("COUCHDB_URL", &gone)]), &["rules", "list"], 69, "127.0.0.1"),
         (with(&[("COUCHDB_URL", &gone), ("ADMIN_LISTEN", "")]), &["status"], 69, "127.0.0.1"),
     ];
     for (settings, arguments, code, text) in cases {
@@ -62,6 +68,51 @@ async fn a_config_file_is_read_and_its_errors_name_the_key() {
     let output = one_shot(&with(&[("CONFIG", file.to_str().expect("text"))]), &["run"]).await;
     assert_eq!(output.code, 78);
     assert!(output.text.contains("heartbeet") && output.text.contains("feed.sweep_interval"), "{}", output.text);
+}
+
+#[tokio::test]
+async fn a_rule_is_tried_without_couchdb() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = |name: &str, content: Value| {
+        let path = directory.path().join(name);
+        std::fs::write(&path, content.to_string()).expect("written");
+        path.to_str().expect("text").to_string()
+    };
+    let rule = json!({
+        "type": "on_change", "db_name": "^posts$", "url": "http://me@api.example/${change.id}", "method": "POST", "if": { "type": "post" },
+        "params": { "title": "$change.doc.title" }, "headers": { "x-key": { "secret": "key" } }, "secret": "orders", "metod": "PUT",
+    });
+    let broken = file("broken", json!({ "type": "on_change", "url": "http://me:s3cret@[", "batch": 5 }));
+    let (rule, post) = (file("rule", rule), file("post", json!({ "_id": "a b", "type": "post", "title": "x" })));
+    let page = file("page", json!({ "_id": "a", "type": "page" }));
+    // Nothing of it is asked for: bad settings do not matter.
+    let settings = with(&[("COUCHDB_URL", "nonsense")]);
+    let cases: [(&[&str], i32, &[&str]); 4] = [
+        (
+            &[&rule, "--doc", &post, "--db", "posts"],
+            0,
+            &[
+                "POST http://api.example/a%20b",
+                "[password of \"me\"]",
+                "x-key: [secret key]",
+                "webhook-id: msg_",
+                "[signed with secret orders]",
+                "\"title\": \"x\"",
+                "did you mean",
+            ],
+        ),
+        (&[&rule, "--doc", &page], 1, &["sends nothing", "if.type"]),
+        (&[&rule, "--doc", &post, "--db", "pages", "--deleted"], 1, &["db_name", "pages"]),
+        (&[&broken, "--doc", &post], 65, &["db_name is missing", "url is not a URL", "batch must be an object"]),
+    ];
+    for (arguments, code, texts) in cases {
+        let output = one_shot(&settings, &[&["rules", "test"], arguments].concat()).await;
+        assert_eq!(output.code, code, "{arguments:?}: {}", output.text);
+        for text in texts {
+            assert!(output.text.contains(text), "{arguments:?} does not say {text:?}: {}", output.text);
+        }
+        assert!(!output.text.contains("s3cret"), "{}", output.text);
+    }
 }
 
 async fn install_and_uninstall_may_be_given_twice(lab: Arc<Lab>) {
@@ -130,6 +181,24 @@ async fn check_names_what_is_wrong(lab: Arc<Lab>) {
     lab.spiegel_doc("broken_rule", json!({ "type": "on_change", "db_name": 7 })).await;
     let output = lab.run(&["check"]).await;
     assert!(output.text.contains("matches_nothing") && output.text.contains("broken_rule"), "{}", output.text);
+}
+
+async fn rules_are_listed_with_what_is_wrong(lab: Arc<Lab>) {
+    assert_eq!(lab.run(&["rules", "list"]).await.code, 78, "nothing is installed");
+    lab.install().await;
+    let output = lab.run(&["rules", "list"]).await;
+    assert!(output.code == 0 && output.text.contains("no rules yet"), "{}", output.text);
+    lab.spiegel_doc("good", json!({ "type": "on_change", "db_name": "^a$", "url": "http://u:s3cret@h/x", "slector": {} })).await;
+    lab.spiegel_doc("bad", json!({ "type": "on_change", "db_name": 7, "url": "http://h/", "order": "none" })).await;
+    lab.spiegel_doc("other", json!({ "type": "replicator", "source": "a", "target": "b" })).await;
+    let output = lab.run(&["rules", "list"]).await;
+    assert_eq!(output.code, 0, "{}", output.text);
+    let line = |start: &str| output.text.lines().find(|line| line.starts_with(start)).unwrap_or_default().to_string();
+    assert!(line("good").contains("GET") && line("good").ends_with("valid"), "{}", output.text);
+    assert!(line("bad").contains("invalid: db_name must be") && line("bad").contains("order must be"), "{}", output.text);
+    assert!(!output.text.contains("other") && !output.text.contains("s3cret"), "{}", output.text);
+    let output = lab.run(&["check"]).await;
+    assert!(output.text.contains("did you mean \"selector\""), "{}", output.text);
 }
 
 #[tokio::test(flavor = "multi_thread")]
