@@ -1,6 +1,7 @@
 //! The documents of the spiegel database, as `check` and `status` see them: read once from end to end, kept in few words.
 
 use crate::couch::{Couch, CouchError, encode_segment};
+use crate::rules::handling::Handling;
 use crate::rules::invalid::{Invalid as Fault, summary};
 use crate::rules::pattern::Pattern;
 use crate::rules::rule::Rule;
@@ -32,6 +33,7 @@ pub(super) struct RuleFacts {
     pub id: String,
     pub pattern: Pattern,
     pub url: String,
+    pub handling: Handling,
 }
 
 pub(super) struct ReplicatorFacts {
@@ -96,7 +98,7 @@ fn is_dirty(doc: &Value) -> bool {
 
 fn rule_facts(doc: &Value) -> Result<RuleFacts, Vec<Fault>> {
     let rule = Rule::parse(doc)?;
-    Ok(RuleFacts { id: rule.id.to_string(), pattern: rule.pattern, url: rule.url })
+    Ok(RuleFacts { id: rule.id.to_string(), pattern: rule.pattern, url: rule.url, handling: rule.handling })
 }
 
 fn replicator_facts(doc: &Value) -> Result<ReplicatorFacts, Vec<Fault>> {

@@ -152,7 +152,7 @@ fn unbuildable(error: String) -> Outcome {
 
 fn build(vault: &Vault, to: &Addressee<'_>, rule: &Rule, row: &Row) -> Result<Delivery, String> {
     let rendered = template::render(rule, to.db, row);
-    let request = request::build(rendered, vault).map_err(|error| error.to_string())?;
+    let request = request::build(rendered, &rule.handling, vault).map_err(|error| error.to_string())?;
     Ok(Delivery {
         id: webhook_id(&rule.id, to.db, to.instance_start_time, &row.id, row.rev()),
         rule_id: rule.id.clone(),
