@@ -48,8 +48,6 @@ pub struct WebhookRequest {
 pub enum RequestError {
     #[error(transparent)]
     Secret(#[from] SecretError),
-    #[error("the header {0:?} is not a rule's to set")]
-    Header(String),
     #[error("build the webhook's URL: {0}")]
     Url(#[from] VaultError),
     #[error("build the webhook's URL: {0} is neither http nor https")]
@@ -64,7 +62,7 @@ impl RequestError {
     /// True where nothing of this rule can be sent until somebody mends the rule or the vault; false where it is about this
     /// one change.
     pub fn concerns_rule(&self) -> bool {
-        matches!(self, Self::Secret(_) | Self::Header(_))
+        matches!(self, Self::Secret(_))
     }
 }
 
@@ -116,23 +114,11 @@ pub fn of_rule(handling: &Handling, vault: &Vault) -> Result<(Arc<[SigningKey]>,
 }
 
 fn own_header((name, source): &(HeaderName, HeaderSource), vault: &Vault) -> Result<(HeaderName, HeaderValue), RequestError> {
-    if is_reserved(name) {
-        return Err(RequestError::Header(name.as_str().to_string()));
-    }
     let value = match source {
         HeaderSource::Text(value) => value.clone(),
         HeaderSource::Secret(secret) => vault.header(secret)?,
     };
     Ok((name.clone(), value))
-}
-
-/// Those that say where a message ends and by which way it goes, which are the connection's business, and those of Standard
-/// Webhooks.
-pub fn is_reserved(name: &HeaderName) -> bool {
-    const RESERVED: [&str; 9] =
-        ["connection", "content-length", "expect", "host", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"];
-    let name = name.as_str();
-    RESERVED.contains(&name) || name.starts_with("proxy-") || name.starts_with("webhook-")
 }
 
 fn sends_query(method: &Method) -> bool {
@@ -386,7 +372,6 @@ mod tests {
             (handling(None, &[("x-a", secret("nobody"))]), "http://h/", true, "no secret \"nobody\""),
             (handling(None, &[("x-a", secret("lines"))]), "http://h/", true, "\"lines\" cannot be a header"),
             (handling(None, &[("x-a", secret("rotating"))]), "http://h/", true, "\"rotating\" cannot be a header"),
-            (handling(None, &[("host", secret("token"))]), "http://h/", true, "\"host\""),
             (handling(Some("nobody"), &[]), "http://[bad/", true, "nobody"),
             (handling(Some("key"), &[]), "http://[bad/", false, "not a URL"),
             (handling(Some("key"), &[]), "ftp://h/", false, "ftp"),
@@ -394,24 +379,6 @@ mod tests {
             let error = build(Rendered { url: url.to_string(), ..rendered() }, &rule, &vault()).expect_err(text);
             assert_eq!(error.concerns_rule(), of_rule, "{error}");
             assert!(error.to_string().contains(text) && !format!("{error:?}").contains("s3cret"), "{error}");
-        }
-    }
-
-    #[test]
-    fn the_connection_s_headers_and_those_of_standard_webhooks_are_no_rule_s() {
-        for name in [
-            "Host",
-            "content-length",
-            "Transfer-Encoding",
-            "connection",
-            "proxy-authorization",
-            "webhook-id",
-            "Webhook-Signature",
-        ] {
-            assert!(is_reserved(&name.parse().unwrap()), "{name}");
-        }
-        for name in ["authorization", "content-type", "user-agent", "x-webhook-id", "accept"] {
-            assert!(!is_reserved(&name.parse().unwrap()), "{name}");
         }
     }
 
