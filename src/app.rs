@@ -256,9 +256,12 @@ impl State {
                 actor.get_cell()
             }
             Child::WebhookPool => {
-                let pool =
-                    Pool::spawn(HttpSender::new(&settings.webhook, metrics.clone())?, (&settings.webhook).into(), supervisor)
-                        .await?;
+                let pool = Pool::spawn(
+                    HttpSender::new(&settings.webhook, vault.clone(), metrics.clone())?,
+                    (&settings.webhook).into(),
+                    supervisor,
+                )
+                .await?;
                 let cell = pool.cell();
                 self.built.webhooks = Some(pool);
                 cell

@@ -22,12 +22,14 @@ use crate::config::{ConfigErrors, Flags, Loaded, LogSettings, Settings};
 use crate::couch::{Couch, CouchError};
 use crate::telemetry::{self, Metrics};
 use crate::vault::{Vault, redact_text};
+use crate::webhook::HttpSender;
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 use rules::RulesCommand;
 use std::ffi::OsString;
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 #[derive(Debug, Parser)]
 #[command(
@@ -258,10 +260,14 @@ fn couch(settings: &Settings) -> Result<Couch, Failure> {
     Couch::new(settings.couchdb.clone(), Metrics::new()).map_err(|error| Failure::new(Exit::Internal, error.to_string()))
 }
 
-fn vault(settings: &Settings) -> Result<Vault, Failure> {
-    match &settings.passwords_file {
-        Some(path) => Vault::load(path).map_err(|error| Failure::new(Exit::Config, error.to_string())),
-        None => Ok(Vault::empty()),
+/// Everything that webhooks need from the disk is read here once, so that what is wrong with it is said at the start.
+fn vault(settings: &Settings) -> Result<Arc<Vault>, Failure> {
+    let refuse = |error: String| Failure::new(Exit::Config, redact_text(&error));
+    let vault = Vault::load(settings.passwords_file.as_deref(), settings.secrets_file.as_deref());
+    let vault = vault.map(Arc::new).map_err(|error| refuse(error.to_string()))?;
+    match HttpSender::new(&settings.webhook, vault.clone(), Metrics::new()) {
+        Ok(_) => Ok(vault),
+        Err(error) => Err(refuse(format!("{error:#}"))),
     }
 }
 

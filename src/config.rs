@@ -8,6 +8,7 @@ mod check;
 mod layers;
 
 use crate::couch::CouchSettings;
+use ipnet::IpNet;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::SocketAddr;
@@ -26,6 +27,7 @@ pub struct Settings {
     /// Prefix of the sieve's design document, as in the original (for tests that share a server).
     pub namespace: String,
     pub passwords_file: Option<PathBuf>,
+    pub secrets_file: Option<PathBuf>,
     pub feed: FeedSettings,
     pub debounce: DebounceSettings,
     pub db: DbSettings,
@@ -78,6 +80,11 @@ pub struct WebhookSettings {
     pub fast_retries: u32,
     pub retry_base: Duration,
     pub retry_cap: Duration,
+    /// What only this machine and its neighbours can reach is no receiver, but for `allow_networks`.
+    pub block_private_networks: bool,
+    pub allow_networks: Vec<IpNet>,
+    /// Certificate authorities (PEM) beside the system's.
+    pub ca_file: Option<PathBuf>,
 }
 
 /// For deliveries that failed past their fast retries.
@@ -180,6 +187,9 @@ pub struct Flags {
     /// JSON file with the passwords of webhooks and replicators: { "host": { "user": "password" } }
     #[arg(long, global = true, value_name = "FILE")]
     pub passwords_file: Option<String>,
+    /// JSON file with the secrets that rules name: { "name": "whsec_…" }
+    #[arg(long, global = true, value_name = "FILE")]
+    pub secrets_file: Option<String>,
     /// error, warn, info, debug or trace [default: info]
     #[arg(long, global = true, value_name = "LEVEL")]
     pub log_level: Option<String>,

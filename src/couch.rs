@@ -20,7 +20,7 @@ use reqwest::{Method, RequestBuilder, Response, StatusCode};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 use url::Url;
 
 pub use changes::{Changes, ChangesQuery, FeedLine, Rev, Row};
@@ -277,7 +277,7 @@ impl Couch {
 /// What an answer that is no success says.
 pub(crate) async fn status_error(response: Response) -> CouchError {
     let status = response.status();
-    let after = retry_after(response.headers());
+    let after = retry_after(response.headers(), SystemTime::now());
     let reason = match read_bounded(response, 64 * 1024).await {
         Ok(body) => reason_of(&body),
         Err(_) => String::from("no reason given"),
@@ -338,14 +338,14 @@ pub fn chain_of(error: &reqwest::Error) -> String {
     text
 }
 
-/// `Retry-After` in either of its forms (RFC 9110, 10.2.3).
-pub fn retry_after(headers: &reqwest::header::HeaderMap) -> Option<Duration> {
-    let value = headers.get(reqwest::header::RETRY_AFTER)?.to_str().ok()?;
-    if let Ok(seconds) = value.trim().parse::<u64>() {
-        return Some(Duration::from_secs(seconds));
+/// `Retry-After` in seconds or as a date (RFC 9110, 10.2.3); a date that has passed says nothing.
+pub fn retry_after(headers: &reqwest::header::HeaderMap, now: SystemTime) -> Option<Duration> {
+    let text = headers.get(reqwest::header::RETRY_AFTER)?.to_str().ok()?.trim();
+    if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
+        // So many digits that they are no number are a long time as well.
+        return Some(Duration::from_secs(text.parse().unwrap_or(u64::MAX)));
     }
-    let at = httpdate::parse_http_date(value).ok()?;
-    at.duration_since(std::time::SystemTime::now()).ok()
+    httpdate::parse_http_date(text).ok()?.duration_since(now).ok()
 }
 
 fn reason_of(body: &[u8]) -> String {

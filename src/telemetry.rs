@@ -3,6 +3,7 @@
 //! A secret never reaches this module: URLs are redacted by `vault::redact_text` before they become a field or a label. An event
 //! is one line, whatever a text inside it holds, so that nobody can write a line of ours by naming a document.
 
+mod labels;
 mod metrics;
 
 pub use metrics::{ChildLabels, Metrics, OutcomeLabels, RequestLabels, StateLabels};

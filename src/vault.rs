@@ -1,11 +1,18 @@
-//! Passwords by host and user; never printed.
+//! Passwords by host and user, and secrets by name; never printed.
 //!
 //! The passwords file is the original's: `{ "host": { "user": "password" } }`, by host name without port. A password leaves
-//! this module only as an `Authorization` header or inside a URL that goes to CouchDB's `_replicate`.
+//! this module only as an `Authorization` header or inside a URL that goes to CouchDB's `_replicate`, a secret only as a
+//! header or as a key that is ready to sign.
+
+mod secrets;
+
+pub use secrets::{SecretError, SigningKey};
 
 use base64::Engine;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
+use reqwest::header::HeaderValue;
 use secrecy::{ExposeSecret, SecretString};
+use secrets::Secrets;
 use serde_json::Value;
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -29,10 +36,9 @@ pub struct Credentials {
 
 impl Credentials {
     /// `Authorization: Basic …`, marked sensitive so that no library prints it.
-    pub fn basic_header(&self) -> reqwest::header::HeaderValue {
+    pub fn basic_header(&self) -> HeaderValue {
         let text = format!("Basic {}", basic(&self.user, self.password.expose_secret()));
-        let mut value =
-            reqwest::header::HeaderValue::from_str(&text).unwrap_or_else(|_| reqwest::header::HeaderValue::from_static("Basic"));
+        let mut value = HeaderValue::from_str(&text).unwrap_or_else(|_| HeaderValue::from_static("Basic"));
         value.set_sensitive(true);
         value
     }
@@ -48,68 +54,91 @@ fn basic(user: &str, password: &str) -> String {
     base64::engine::general_purpose::STANDARD.encode(format!("{user}:{password}"))
 }
 
-/// Names the place in the file, never a password.
+/// Names the place in the file, never a secret.
 #[derive(Debug, thiserror::Error)]
 pub enum VaultError {
-    #[error("read the passwords file {path}: {error}")]
-    Read { path: String, error: std::io::Error },
+    #[error("read the {file} {path}: {error}")]
+    Read { file: &'static str, path: String, error: std::io::Error },
     /// Without the parser's own words, which may quote the text.
-    #[error("the passwords file is not JSON (line {line}, column {column})")]
-    NotJson { line: usize, column: usize },
-    #[error("the passwords file: {0}")]
-    Shape(String),
+    #[error("the {file} is not JSON (line {line}, column {column})")]
+    NotJson { file: &'static str, line: usize, column: usize },
+    #[error("the {file}: {fault}")]
+    Shape { file: &'static str, fault: String },
     #[error("not a URL: {0}")]
     NotUrl(url::ParseError),
 }
 
-/// All passwords; cheap to clone.
+const PASSWORDS_FILE: &str = "passwords file";
+
+/// All passwords and secrets; cheap to clone.
 #[derive(Clone)]
 pub struct Vault {
     hosts: Arc<HashMap<String, HashMap<String, SecretString>>>,
+    secrets: Arc<Secrets>,
     needles: Arc<Needles>,
 }
 
 impl Vault {
     pub fn empty() -> Self {
-        Self::new(HashMap::new())
+        Self::new(HashMap::new(), Secrets::default(), Vec::new())
     }
 
     /// The text of a passwords file.
     pub fn from_json(text: &str) -> Result<Self, VaultError> {
-        let not_json = |error: serde_json::Error| VaultError::NotJson { line: error.line(), column: error.column() };
-        let Value::Object(file) = serde_json::from_str(text).map_err(not_json)? else {
-            return Err(VaultError::Shape(String::from("must be an object of hosts")));
+        let shape = |fault: String| VaultError::Shape { file: PASSWORDS_FILE, fault };
+        let Value::Object(file) = parse(PASSWORDS_FILE, text)? else {
+            return Err(shape(String::from("must be an object of hosts")));
         };
         let mut hosts: HashMap<String, HashMap<String, SecretString>> = HashMap::new();
         for (host, users) in file {
             let Value::Object(users) = users else {
-                return Err(VaultError::Shape(format!("host {host:?} must be an object of users and passwords")));
+                return Err(shape(format!("host {host:?} must be an object of users and passwords")));
             };
             let of_host = hosts.entry(host_key(&host)).or_default();
             for (user, password) in users {
                 match password {
                     Value::String(password) => drop(of_host.insert(user, SecretString::from(password))),
-                    _ => return Err(VaultError::Shape(format!("host {host:?}, user {user:?}: the password must be a string"))),
+                    _ => return Err(shape(format!("host {host:?}, user {user:?}: the password must be a string"))),
                 }
             }
         }
-        Ok(Self::new(hosts))
+        Ok(Self::new(hosts, Secrets::default(), Vec::new()))
     }
 
-    pub fn load(path: impl AsRef<Path>) -> Result<Self, VaultError> {
-        let path = path.as_ref();
-        let text = std::fs::read_to_string(path).map_err(|error| VaultError::Read { path: path.display().to_string(), error })?;
-        // Editors of another system leave a byte order mark.
-        Self::from_json(text.trim_start_matches('\u{FEFF}'))
+    /// The text of a secrets file beside the passwords.
+    pub fn with_secrets(self, text: &str) -> Result<Self, VaultError> {
+        let hosts = Arc::try_unwrap(self.hosts).unwrap_or_else(|shared| (*shared).clone());
+        let (secrets, forms) = Secrets::from_json(text)?;
+        Ok(Self::new(hosts, secrets, forms))
     }
 
-    fn new(hosts: HashMap<String, HashMap<String, SecretString>>) -> Self {
-        let needles = Needles::of(hosts.values().flatten().map(|(user, password)| (user.as_str(), password.expose_secret())));
-        Self { hosts: Arc::new(hosts), needles: Arc::new(needles) }
+    /// The two files, where there are such.
+    pub fn load(passwords: Option<&Path>, secrets: Option<&Path>) -> Result<Self, VaultError> {
+        let vault = match passwords {
+            Some(path) => Self::from_json(&read(PASSWORDS_FILE, path)?)?,
+            None => Self::empty(),
+        };
+        match secrets {
+            Some(path) => vault.with_secrets(&read(secrets::FILE, path)?),
+            None => Ok(vault),
+        }
     }
 
-    pub fn is_empty(&self) -> bool {
-        self.hosts.is_empty()
+    fn new(hosts: HashMap<String, HashMap<String, SecretString>>, secrets: Secrets, mut forms: Vec<String>) -> Self {
+        for (user, password) in hosts.values().flatten().filter(|(_, password)| !password.expose_secret().is_empty()) {
+            forms.extend(password_forms(user, password.expose_secret()));
+        }
+        Self { hosts: Arc::new(hosts), secrets: Arc::new(secrets), needles: Arc::new(Needles::of(forms)) }
+    }
+
+    /// The keys of the secret of this name, each of which signs.
+    pub fn signing(&self, name: &str) -> Result<Arc<[SigningKey]>, SecretError> {
+        self.secrets.signing(name)
+    }
+
+    /// The secret of this name as a header's value.
+    pub fn header(&self, name: &str) -> Result<HeaderValue, SecretError> {
+        self.secrets.header(name)
     }
 
     /// By host name without port; an empty password counts as none, as in the original.
@@ -148,8 +177,20 @@ impl Default for Vault {
 
 impl fmt::Debug for Vault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Vault").field("hosts", &self.hosts.len()).field("passwords", &format_args!("{REDACTED}")).finish()
+        let Self { hosts, secrets, needles: _ } = self;
+        f.debug_struct("Vault").field("hosts", &hosts.len()).field("secrets", &secrets.len()).finish_non_exhaustive()
     }
+}
+
+fn read(file: &'static str, path: &Path) -> Result<String, VaultError> {
+    let text =
+        std::fs::read_to_string(path).map_err(|error| VaultError::Read { file, path: path.display().to_string(), error })?;
+    // Editors of another system leave a byte order mark.
+    Ok(text.trim_start_matches('\u{FEFF}').to_string())
+}
+
+fn parse(file: &'static str, text: &str) -> Result<Value, VaultError> {
+    serde_json::from_str(text).map_err(|error| VaultError::NotJson { file, line: error.line(), column: error.column() })
 }
 
 /// Lower case, and an IPv6 address without its brackets.
@@ -177,13 +218,11 @@ pub fn split_credentials(mut url: Url) -> (Url, Option<Credentials>) {
 struct Needles(HashMap<u8, Vec<SecretString>>);
 
 impl Needles {
-    fn of<'a>(users_and_passwords: impl Iterator<Item = (&'a str, &'a str)>) -> Self {
+    fn of(forms: Vec<String>) -> Self {
         let mut needles: HashMap<u8, Vec<SecretString>> = HashMap::new();
-        for (user, password) in users_and_passwords.filter(|(_, password)| !password.is_empty()) {
-            for form in forms(user, password) {
-                if let Some(first) = form.bytes().next() {
-                    needles.entry(first).or_default().push(SecretString::from(form));
-                }
+        for form in forms {
+            if let Some(first) = form.bytes().next() {
+                needles.entry(first).or_default().push(SecretString::from(form));
             }
         }
         for of_byte in needles.values_mut() {
@@ -216,28 +255,31 @@ impl Needles {
     }
 }
 
-fn forms(user: &str, password: &str) -> Vec<String> {
+fn password_forms(user: &str, password: &str) -> Vec<String> {
     use base64::engine::general_purpose::{STANDARD_NO_PAD, URL_SAFE, URL_SAFE_NO_PAD};
     let pair = format!("{user}:{password}");
-    let strict = utf8_percent_encode(password, USERINFO).to_string();
+    let mut forms = text_forms(password);
+    forms.extend([basic(user, password), STANDARD_NO_PAD.encode(&pair), URL_SAFE.encode(&pair), URL_SAFE_NO_PAD.encode(&pair)]);
+    forms
+}
+
+/// As it is, percent-encoded in every way, escaped for JSON.
+fn text_forms(secret: &str) -> Vec<String> {
+    let strict = utf8_percent_encode(secret, USERINFO).to_string();
     // As the `url` crate, browsers and JavaScript's encodeURIComponent spell it.
     let lax = Url::parse("http://h/").ok().and_then(|mut url| {
-        url.set_password(Some(password)).ok()?;
+        url.set_password(Some(secret)).ok()?;
         url.password().map(String::from)
     });
-    let component = utf8_percent_encode(password, COMPONENT).to_string();
-    let json = Value::from(password).to_string();
+    let component = utf8_percent_encode(secret, COMPONENT).to_string();
+    let json = Value::from(secret).to_string();
     let mut forms = vec![
-        password.to_string(),
-        utf8_percent_encode(password, USERINFO).map(lower_escape).collect(),
+        secret.to_string(),
+        utf8_percent_encode(secret, USERINFO).map(lower_escape).collect(),
         strict.replace("%20", "+"),
         strict,
         component,
         json.trim_matches('"').to_string(),
-        basic(user, password),
-        STANDARD_NO_PAD.encode(&pair),
-        URL_SAFE.encode(&pair),
-        URL_SAFE_NO_PAD.encode(&pair),
     ];
     forms.extend(lax);
     forms.retain(|form| !form.is_empty());
@@ -407,7 +449,12 @@ mod tests {
             assert!(error.to_string().contains(expected), "{error}");
             assert!(!format!("{error} {error:?}").contains("s3cret"));
         }
-        assert!(Vault::load("/nowhere/at/all").expect_err("no such file").to_string().contains("/nowhere/at/all"));
+        assert!(
+            Vault::load(Some(Path::new("/nowhere/at/all")), None)
+                .expect_err("no such file")
+                .to_string()
+                .contains("/nowhere/at/all")
+        );
         let error = Vault::empty().inject("http://u:s3cret@[bad/").expect_err("no URL");
         assert!(!format!("{error} {error:?}").contains("s3cret"));
     }

@@ -1,44 +1,57 @@
 //! Calls the HTTP API: one attempt of one delivery. `schedule` says when, and how often.
 //!
 //! Delivery is at least once, and a repeat carries the same `webhook-id`, so that a receiver can drop it. Redirects are not
-//! followed: they would carry the body, and perhaps the credentials, to a place that no rule names. An answer of 2xx is a
-//! delivery; everything else is tried again, without end and with growing pauses, because a change is never dropped. Only a
-//! request that cannot be built is given up.
+//! followed: they would carry the body, and perhaps the credentials, to a place that no rule names. `verdict` says what an
+//! answer means; no answer means another try.
 //!
-//! Time and bytes are bounded whatever the receiver does, and its answer reaches a log only as a short, redacted excerpt.
+//! Time and bytes are bounded whatever the receiver does, and its answer goes on only as a short, redacted excerpt.
 
 pub mod delivery;
+pub mod guard;
 pub mod request;
+pub mod sign;
+pub mod verdict;
 
 pub use delivery::delivery;
 pub use request::WebhookRequest;
 
 use crate::config::WebhookSettings;
-use crate::job::{DbName, Verdict};
+use crate::job::{Answer, DbName, Verdict};
 use crate::schedule::{Attempt, Backoff, Dispatcher, DispatcherSettings, Failure, Perform, Spec, Step, Worker};
 use crate::telemetry::{Metrics, OutcomeLabels};
-use crate::vault::Credentials;
+use crate::vault::{Credentials, Vault};
 use anyhow::Context;
 use futures_util::future::BoxFuture;
-use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HeaderValue};
-use reqwest::{Response, StatusCode};
+use guard::{Guard, Lookup};
+use reqwest::header::{ACCEPT, AUTHORIZATION, HeaderMap, HeaderName, HeaderValue, USER_AGENT};
+use reqwest::{Certificate, Request, Response, StatusCode};
 use secrecy::ExposeSecret;
 use std::fmt;
+use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::time::Instant;
 
 pub type WebhookPool = Dispatcher<HttpSender>;
 pub type WebhookActor = Worker<HttpSender>;
 
-/// Receivers know this name from Standard Webhooks.
-const ID_HEADER: &str = "webhook-id";
+const ID: HeaderName = HeaderName::from_static(sign::ID_HEADER);
+const TIMESTAMP: HeaderName = HeaderName::from_static(sign::TIMESTAMP_HEADER);
+const SIGNATURE: HeaderName = HeaderName::from_static(sign::SIGNATURE_HEADER);
+const SPIEGEL: HeaderValue = HeaderValue::from_static(concat!("spiegel/", env!("CARGO_PKG_VERSION")));
+const JSON: HeaderValue = HeaderValue::from_static("application/json");
+
 /// More than any API says about one request; an answer read to its end leaves the connection usable.
 const ANSWER_BYTES_MAX: usize = 64 * 1024;
 /// The status has decided already: the rest of the answer is worth no long wait.
 const ANSWER_WAIT_MAX: Duration = Duration::from_secs(1);
+/// What is kept of an answer, for whoever looks into a failed delivery.
+const EXCERPT_BYTES_MAX: usize = 1024;
 /// Enough to tell what the receiver did not like, and short enough for one log line.
-const EXCERPT_CHARS_MAX: usize = 200;
+const LOGGED_CHARS_MAX: usize = 200;
+/// Requests of HTTP/2 share a connection, and a silent one would time them out one after the other.
+const PING_AFTER: Duration = Duration::from_secs(20);
+const PONG_WITHIN: Duration = Duration::from_secs(10);
 
 /// One request that is owed, as `schedule` sees it.
 #[derive(Clone)]
@@ -95,40 +108,69 @@ impl From<&WebhookSettings> for DispatcherSettings {
     }
 }
 
-pub struct HttpSender {
+pub struct HttpSender(Arc<Sender>);
+
+struct Sender {
     client: reqwest::Client,
+    guard: Option<Arc<Guard>>,
+    vault: Arc<Vault>,
     metrics: Arc<Metrics>,
 }
 
 impl HttpSender {
-    pub fn new(settings: &WebhookSettings, metrics: Arc<Metrics>) -> anyhow::Result<Self> {
-        let client = reqwest::Client::builder()
+    pub fn new(settings: &WebhookSettings, vault: Arc<Vault>, metrics: Arc<Metrics>) -> anyhow::Result<Self> {
+        Self::with_lookup(settings, vault, metrics, guard::system_lookup())
+    }
+
+    fn with_lookup(settings: &WebhookSettings, vault: Arc<Vault>, metrics: Arc<Metrics>, lookup: Lookup) -> anyhow::Result<Self> {
+        let mut client = reqwest::Client::builder()
             .connect_timeout(settings.connect_timeout)
             .timeout(settings.timeout)
             .redirect(reqwest::redirect::Policy::none())
             .referer(false)
+            .gzip(false)
             .tcp_nodelay(true)
             .tcp_keepalive(Duration::from_secs(30))
-            .pool_max_idle_per_host(settings.concurrency_per_host.max(1))
-            .user_agent(concat!("spiegel/", env!("CARGO_PKG_VERSION")))
-            .build()
-            .context("build the webhook client")?;
-        Ok(Self { client, metrics })
+            .http2_keep_alive_interval(PING_AFTER)
+            .http2_keep_alive_timeout(PONG_WITHIN)
+            .pool_max_idle_per_host(settings.concurrency_per_host.max(1));
+        if let Some(path) = &settings.ca_file {
+            client = client.tls_certs_merge(authorities(path)?);
+        }
+        let guard = settings.block_private_networks.then(|| Arc::new(Guard::new(&settings.allow_networks, lookup)));
+        if let Some(guard) = &guard {
+            // A proxy would connect for us, and look names up by itself.
+            client = client.dns_resolver(guard.clone()).no_proxy();
+        }
+        let client = client.build().with_context(|| match &settings.ca_file {
+            Some(path) => format!("build the webhook client with webhook.ca_file {}", path.display()),
+            None => String::from("build the webhook client"),
+        })?;
+        Ok(Self(Arc::new(Sender { client, guard, vault, metrics })))
     }
+}
+
+/// Of `webhook.ca_file`.
+fn authorities(path: &Path) -> anyhow::Result<Vec<Certificate>> {
+    let pem = std::fs::read(path).with_context(|| format!("read webhook.ca_file {}", path.display()))?;
+    let found = Certificate::from_pem_bundle(&pem).with_context(|| format!("read webhook.ca_file {}", path.display()))?;
+    anyhow::ensure!(!found.is_empty(), "webhook.ca_file {} has no certificate in it", path.display());
+    Ok(found)
 }
 
 impl Perform for HttpSender {
     type Spec = Delivery;
 
     fn perform(&self, delivery: Arc<Delivery>) -> BoxFuture<'static, Attempt> {
-        let (client, metrics) = (self.client.clone(), self.metrics.clone());
+        let sender = self.0.clone();
         Box::pin(async move {
             let started = Instant::now();
-            let result = send(&client, &delivery).await;
-            metrics.webhook_duration_seconds.observe(started.elapsed().as_secs_f64());
-            let outcome = result.as_ref().map_or_else(|unsent| unsent.outcome, |()| "delivered");
+            let Report { status, outcome, result } = sender.attempt(&delivery).await;
+            let (metrics, seconds) = (&sender.metrics, started.elapsed().as_secs_f64());
+            metrics.webhook_duration_seconds.observe(seconds);
             metrics.webhook_deliveries.get_or_create(&OutcomeLabels { outcome }).inc();
-            result.map(|()| Step::Done).map_err(|undelivered| undelivered.failure)
+            metrics.webhook_routes.of(&delivery.rule_id, &delivery.request.lane).observe(status, seconds);
+            result
         })
     }
 
@@ -137,76 +179,157 @@ impl Perform for HttpSender {
     }
 
     fn level(&self, queued: usize, in_flight: usize) {
-        self.metrics.webhook_queued.set(queued as i64);
-        self.metrics.webhook_in_flight.set(in_flight as i64);
+        self.0.metrics.webhook_queued.set(queued as i64);
+        self.0.metrics.webhook_in_flight.set(in_flight as i64);
     }
 
     fn coalesced(&self) {
-        self.metrics.webhook_coalesced.inc();
+        self.0.metrics.webhook_coalesced.inc();
     }
 }
 
-struct Undelivered {
-    failure: Failure,
-    /// For the metric.
+/// One attempt, for the metrics and for the dispatcher.
+struct Report {
+    /// None where no answer came.
+    status: Option<u16>,
     outcome: &'static str,
+    result: Attempt,
 }
 
-async fn send(client: &reqwest::Client, delivery: &Delivery) -> Result<(), Undelivered> {
-    let WebhookRequest { method, url, credentials, body, .. } = &delivery.request;
-    let unbuildable = |error: &str| {
-        let failure = Failure::give_up(format!("the request cannot be built: {error}"));
-        Undelivered { failure, outcome: "unbuildable" }
-    };
-    let id = HeaderValue::from_str(&delivery.id).map_err(|_| unbuildable("its id is no header value"))?;
-    let mut request = client.request(method.clone(), url.clone()).header(ID_HEADER, id).header(ACCEPT, "application/json");
-    if let Some(credentials) = credentials {
-        request = request.header(AUTHORIZATION, credentials.basic_header());
+impl Report {
+    fn without_answer(outcome: &'static str, verdict: Verdict, error: impl Into<String>) -> Self {
+        Self { status: None, outcome, result: Err(Failure::new(error, verdict)) }
     }
-    if let Some(body) = body {
-        request = request.header(CONTENT_TYPE, "application/json").body(body.clone());
+
+    fn unbuildable(error: &str) -> Self {
+        Self::without_answer("unbuildable", Verdict::GiveUp, format!("the request cannot be built: {error}"))
     }
-    match request.send().await {
-        Ok(response) if response.status().is_success() => {
+
+    /// An edit of the settings, or of the name's entry, makes the same delivery possible.
+    fn blocked(blocked: &guard::Blocked) -> Self {
+        Self::without_answer("blocked", Verdict::Later, blocked.to_string())
+    }
+}
+
+impl Sender {
+    async fn attempt(&self, delivery: &Delivery) -> Report {
+        if let Some(Err(blocked)) = self.guard.as_ref().map(|guard| guard.check(&delivery.request.url)) {
+            return Report::blocked(&blocked);
+        }
+        let Some(request) = http_request(delivery, SystemTime::now()) else {
+            return Report::unbuildable("its id is no header value");
+        };
+        match self.client.execute(request).await {
+            Ok(response) => self.answered(response, &delivery.request).await,
+            Err(error) => self.unanswered(&error, delivery.request.credentials.as_ref()),
+        }
+    }
+
+    async fn answered(&self, response: Response, request: &WebhookRequest) -> Report {
+        let status = response.status();
+        let verdict = verdict::of_answer(status, response.headers(), request.retry_on.as_deref(), SystemTime::now());
+        let answer = read_answer(response).await;
+        let result = match verdict {
             // The receiver has accepted it; how its answer ends changes nothing.
-            let _ = read_answer(response).await;
-            Ok(())
+            Ok(()) => Ok(Step::Done),
+            Err(verdict) => Err(refused(status, verdict, self.excerpt(&answer, request.credentials.as_ref()))),
+        };
+        Report { status: Some(status.as_u16()), outcome: verdict::outcome_of(status), result }
+    }
+
+    fn unanswered(&self, error: &reqwest::Error, credentials: Option<&Credentials>) -> Report {
+        if let Some(blocked) = guard::blocked_in(error) {
+            return Report::blocked(blocked);
         }
-        Ok(response) => Err(refused(response, credentials.as_ref()).await),
-        Err(error) if error.is_builder() => Err(unbuildable(&redacted(&crate::couch::chain_of(&error), credentials.as_ref()))),
-        Err(error) => {
-            let outcome = if error.is_timeout() { "timed_out" } else { "unreachable" };
-            let text = redacted(&crate::couch::chain_of(&error), credentials.as_ref());
-            Err(Undelivered { failure: Failure::retry(text), outcome })
+        let text = self.redacted(&crate::couch::chain_of(error), credentials);
+        if error.is_builder() {
+            return Report::unbuildable(&text);
         }
+        let outcome = if error.is_timeout() { "timed_out" } else { "unreachable" };
+        Report::without_answer(outcome, Verdict::Retry { after: None }, text)
+    }
+
+    /// One line, without the secrets that a receiver may have echoed. They go before the cut, which could hide half of one.
+    fn excerpt(&self, answer: &[u8], credentials: Option<&Credentials>) -> String {
+        let text = self.redacted(&String::from_utf8_lossy(answer), credentials);
+        let words = text.split(|c: char| c.is_whitespace() || c.is_control()).filter(|word| !word.is_empty());
+        let mut line = String::new();
+        for word in words {
+            let gap = if line.is_empty() { "" } else { " " };
+            for c in gap.chars().chain(word.chars()) {
+                if line.len() + c.len_utf8() > EXCERPT_BYTES_MAX {
+                    return line;
+                }
+                line.push(c);
+            }
+        }
+        line
+    }
+
+    fn redacted(&self, text: &str, credentials: Option<&Credentials>) -> String {
+        let mut text = text.to_string();
+        // Those of a URL that holds its password are not in the vault.
+        if let Some(credentials) = credentials {
+            let header = credentials.basic_header();
+            let token = header.to_str().unwrap_or_default().trim_start_matches("Basic").trim();
+            for secret in [token, credentials.password.expose_secret()] {
+                if !secret.is_empty() {
+                    text = text.replace(secret, "[redacted]");
+                }
+            }
+        }
+        self.vault.redact(&text)
     }
 }
 
-async fn refused(response: Response, credentials: Option<&Credentials>) -> Undelivered {
-    let status = response.status();
-    let after = crate::couch::retry_after(response.headers());
-    let answer = read_answer(response).await;
+/// None where the delivery's id is no header value.
+fn http_request(delivery: &Delivery, now: SystemTime) -> Option<Request> {
+    let WebhookRequest { method, url, credentials, headers, content_type, signing, body, .. } = &delivery.request;
+    let mut request = Request::new(method.clone(), url.clone());
+    let timestamp = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs().to_string();
+    let signed = sign::signature_header(signing, &delivery.id, &timestamp, body.as_deref().unwrap_or_default());
+
+    let sent = request.headers_mut();
+    *sent = HeaderMap::with_capacity(8 + headers.len());
+    sent.insert(USER_AGENT, SPIEGEL);
+    sent.insert(ACCEPT, JSON);
+    if let Some(credentials) = credentials {
+        sent.insert(AUTHORIZATION, credentials.basic_header());
+    }
+    if body.is_some() {
+        sent.insert(reqwest::header::CONTENT_TYPE, content_type.clone().unwrap_or(JSON));
+    }
+    // What the rule says wins over what it would be otherwise, but the last three are never the rule's.
+    for (name, value) in headers {
+        sent.insert(name, value.clone());
+    }
+    sent.insert(ID, HeaderValue::from_str(&delivery.id).ok()?);
+    sent.insert(TIMESTAMP, HeaderValue::try_from(timestamp).ok()?);
+    if let Some(signed) = signed {
+        sent.insert(SIGNATURE, signed);
+    }
+    *request.body_mut() = body.clone().map(reqwest::Body::from);
+    Some(request)
+}
+
+fn refused(status: StatusCode, verdict: Verdict, excerpt: String) -> Failure {
     let mut error = format!("answered {}", status.as_u16());
     if status.is_redirection() {
         error.push_str(", a redirect, which is not followed");
     }
-    let excerpt = excerpt(&answer, credentials);
     if !excerpt.is_empty() {
         error.push_str(": ");
-        error.push_str(&excerpt);
+        error.extend(excerpt.chars().take(LOGGED_CHARS_MAX));
     }
-    let outcome = match status {
-        StatusCode::TOO_MANY_REQUESTS => "throttled",
-        status if status.is_redirection() => "redirected",
-        status if status.is_client_error() => "refused",
-        _ => "server_error",
-    };
-    Undelivered { failure: Failure::new(error, Verdict::Retry { after }), outcome }
+    Failure { answer: Some(Answer { status: status.as_u16(), excerpt }), ..Failure::new(error, verdict) }
 }
 
 /// The start of an answer, or all of it where it is small and soon; reading ends for whatever reason without an error.
 async fn read_answer(mut response: Response) -> Vec<u8> {
     let mut answer = Vec::new();
+    if response.content_length() == Some(0) {
+        return answer;
+    }
     let read = async {
         while let Ok(Some(chunk)) = response.chunk().await {
             let room = ANSWER_BYTES_MAX - answer.len();
@@ -221,268 +344,6 @@ async fn read_answer(mut response: Response) -> Vec<u8> {
     answer
 }
 
-/// One line, without the secrets that a receiver may have echoed. They go before the cut, which could hide half of one.
-fn excerpt(answer: &[u8], credentials: Option<&Credentials>) -> String {
-    let text = redacted(&String::from_utf8_lossy(answer), credentials);
-    let words: Vec<&str> = text.split(|c: char| c.is_whitespace() || c.is_control()).filter(|word| !word.is_empty()).collect();
-    words.join(" ").chars().take(EXCERPT_CHARS_MAX).collect()
-}
-
-fn redacted(text: &str, credentials: Option<&Credentials>) -> String {
-    let mut text = text.to_string();
-    if let Some(credentials) = credentials {
-        let header = credentials.basic_header();
-        let token = header.to_str().unwrap_or_default().trim_start_matches("Basic").trim();
-        for secret in [token, credentials.password.expose_secret()] {
-            if !secret.is_empty() {
-                text = text.replace(secret, "[redacted]");
-            }
-        }
-    }
-    crate::vault::redact_text(&text)
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-mod tests {
-    use super::*;
-    use axum::Router;
-    use axum::body::{Body, Bytes};
-    use axum::extract::State;
-    use axum::http::{HeaderMap, Response as Answer};
-    use axum::routing::any;
-    use std::collections::HashSet;
-    use std::net::SocketAddr;
-    use std::sync::Mutex;
-
-    /// What arrived: method, path with query, headers, body, and the connection's port on the other side.
-    type Seen = Arc<Mutex<Vec<(String, String, HeaderMap, Bytes, u16)>>>;
-
-    async fn receive(
-        State(seen): State<Seen>,
-        axum::extract::ConnectInfo(peer): axum::extract::ConnectInfo<SocketAddr>,
-        request: axum::extract::Request,
-    ) -> Answer<Body> {
-        let (parts, body) = request.into_parts();
-        let body = axum::body::to_bytes(body, 1 << 20).await.expect("the body arrives");
-        let echoed = parts.headers.get("authorization").and_then(|value| value.to_str().ok()).unwrap_or_default().to_string();
-        let path = parts.uri.path().to_string();
-        let seen_path = parts.uri.path_and_query().expect("a path").to_string();
-        seen.lock().expect("no panic under the lock").push((
-            parts.method.to_string(),
-            seen_path,
-            parts.headers,
-            body,
-            peer.port(),
-        ));
-        let answer = Answer::builder();
-        let endless =
-            || Body::from_stream(futures_util::stream::repeat_with(|| Ok::<_, std::io::Error>(Bytes::from(vec![b'x'; 8192]))));
-        let answer = match path.as_str() {
-            "/redirect" => answer.status(302).header("location", "/ok").body(Body::empty()),
-            "/slow" => {
-                tokio::time::sleep(Duration::from_secs(60)).await;
-                answer.status(200).body(Body::empty())
-            }
-            "/later" => answer.status(429).header("retry-after", "7").body(Body::from("slow down")),
-            "/down" => answer.status(503).body(Body::from("first\nsecond\u{1b}[31m third")),
-            "/wrong" => answer.status(422).body(Body::from(format!("got {echoed} with password pass word and x"))),
-            "/gone" => answer.status(410).body(Body::empty()),
-            "/endless" => answer.status(200).body(endless()),
-            "/endless-error" => answer.status(500).body(endless()),
-            "/stuck" => {
-                answer.status(200).body(Body::from_stream(futures_util::stream::pending::<Result<Bytes, std::io::Error>>()))
-            }
-            _ => answer.status(204).body(Body::empty()),
-        };
-        answer.expect("a valid answer")
-    }
-
-    async fn server() -> (SocketAddr, Seen) {
-        let seen = Seen::default();
-        let app = Router::new().fallback(any(receive)).with_state(seen.clone());
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
-        let address = listener.local_addr().expect("bound");
-        tokio::spawn(async move { axum::serve(listener, app.into_make_service_with_connect_info::<SocketAddr>()).await });
-        (address, seen)
-    }
-
-    fn settings() -> WebhookSettings {
-        WebhookSettings {
-            concurrency: 8,
-            concurrency_per_host: 4,
-            per_second_per_host: None,
-            connect_timeout: Duration::from_secs(2),
-            timeout: Duration::from_secs(5),
-            fast_retries: 3,
-            retry_base: Duration::from_millis(100),
-            retry_cap: Duration::from_secs(10),
-        }
-    }
-
-    fn delivery(address: SocketAddr, path: &str) -> Delivery {
-        let request = WebhookRequest {
-            method: http::Method::POST,
-            url: format!("http://{address}{path}").parse().expect("a URL"),
-            credentials: None,
-            body: Some(bytes::Bytes::from_static(b"{\"a\":1}")),
-            lane: "lane".into(),
-        };
-        Delivery { id: String::from("msg_1"), rule_id: "rule".into(), db: "db".into(), request, order_key: 1, coalesce_key: None }
-    }
-
-    fn credentials() -> Option<Credentials> {
-        Some(Credentials { user: String::from("user"), password: String::from("pass word").into() })
-    }
-
-    fn count(metrics: &Metrics, outcome: &'static str) -> u64 {
-        metrics.webhook_deliveries.get_or_create(&OutcomeLabels { outcome }).get()
-    }
-
-    async fn perform(delivery: Delivery, settings: &WebhookSettings) -> (Attempt, Arc<Metrics>) {
-        let metrics = Metrics::new();
-        let sender = HttpSender::new(settings, metrics.clone()).expect("a client");
-        (sender.perform(Arc::new(delivery)).await, metrics)
-    }
-
-    #[tokio::test]
-    async fn a_request_says_who_sends_it_and_what() {
-        let (address, seen) = server().await;
-        let mut with_body = delivery(address, "/ok?a=b");
-        with_body.request.credentials = credentials();
-        let (result, metrics) = perform(with_body, &settings()).await;
-        assert_eq!(result, Ok(Step::Done));
-        assert_eq!(count(&metrics, "delivered"), 1);
-        let mut without_body = delivery(address, "/ok");
-        (without_body.request.method, without_body.request.body) = (http::Method::GET, None);
-        assert_eq!(perform(without_body, &settings()).await.0, Ok(Step::Done));
-
-        let seen = seen.lock().expect("no panic under the lock");
-        let (method, path, headers, body, _) = &seen[0];
-        assert_eq!((method.as_str(), path.as_str(), &body[..]), ("POST", "/ok?a=b", &b"{\"a\":1}"[..]));
-        for (name, value) in [
-            ("webhook-id", "msg_1"),
-            ("accept", "application/json"),
-            ("content-type", "application/json"),
-            ("user-agent", concat!("spiegel/", env!("CARGO_PKG_VERSION"))),
-            ("authorization", "Basic dXNlcjpwYXNzIHdvcmQ="),
-        ] {
-            assert_eq!(headers.get(name).and_then(|value| value.to_str().ok()), Some(value), "{name}");
-        }
-        let (method, _, headers, body, _) = &seen[1];
-        assert_eq!((method.as_str(), body.len()), ("GET", 0));
-        assert!(headers.get("content-type").is_none() && headers.get("authorization").is_none());
-    }
-
-    #[tokio::test]
-    async fn a_refusal_is_tried_again_and_says_why() {
-        let (address, seen) = server().await;
-        for (path, outcome, after, text) in [
-            ("/redirect", "redirected", None, "answered 302, a redirect, which is not followed"),
-            ("/later", "throttled", Some(7), "answered 429: slow down"),
-            ("/down", "server_error", None, "answered 503: first second [31m third"),
-            ("/gone", "refused", None, "answered 410"),
-        ] {
-            let (result, metrics) = perform(delivery(address, path), &settings()).await;
-            let failure = result.expect_err(path);
-            assert_eq!(failure.verdict, Verdict::Retry { after: after.map(Duration::from_secs) }, "{path}");
-            assert_eq!(failure.error, text);
-            assert_eq!(count(&metrics, outcome), 1, "{path}");
-        }
-        assert_eq!(seen.lock().expect("no panic under the lock").len(), 4, "the redirect was not followed");
-    }
-
-    #[tokio::test]
-    async fn a_receiver_that_echoes_the_credentials_puts_none_into_the_error() {
-        let (address, _) = server().await;
-        let mut delivery = delivery(address, "/wrong");
-        delivery.request.credentials = credentials();
-        assert!(!format!("{delivery:?}").contains("pass word"));
-        let failure = perform(delivery, &settings()).await.0.expect_err("422");
-        assert_eq!(failure.error, "answered 422: got Basic [redacted] with password [redacted] and x");
-    }
-
-    #[tokio::test]
-    async fn a_receiver_that_does_not_answer_costs_one_timeout() {
-        let (address, _) = server().await;
-        let settings = WebhookSettings { timeout: Duration::from_millis(200), ..settings() };
-        let (result, metrics) = perform(delivery(address, "/slow"), &settings).await;
-        let failure = result.expect_err("no answer");
-        assert_eq!(failure.verdict, Verdict::Retry { after: None });
-        assert!(failure.error.starts_with("timed out"), "{}", failure.error);
-        assert_eq!(count(&metrics, "timed_out"), 1);
-    }
-
-    #[tokio::test]
-    async fn a_receiver_that_is_not_there_is_tried_again() {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
-        let address = listener.local_addr().expect("bound");
-        drop(listener);
-        let (result, metrics) = perform(delivery(address, "/ok"), &settings()).await;
-        let failure = result.expect_err("nobody listens");
-        assert_eq!(failure.verdict, Verdict::Retry { after: None });
-        assert!(failure.error.starts_with("cannot connect"), "{}", failure.error);
-        assert!(!failure.error.contains("/ok"), "no URL in an error: {}", failure.error);
-        assert_eq!(count(&metrics, "unreachable"), 1);
-    }
-
-    #[tokio::test]
-    async fn an_answer_without_end_is_read_only_so_far() {
-        let (address, _) = server().await;
-        let started = std::time::Instant::now();
-        assert_eq!(perform(delivery(address, "/endless"), &settings()).await.0, Ok(Step::Done));
-        assert_eq!(perform(delivery(address, "/stuck"), &settings()).await.0, Ok(Step::Done), "2xx is a delivery");
-        let failure = perform(delivery(address, "/endless-error"), &settings()).await.0.expect_err("500");
-        assert_eq!(failure.error.len(), "answered 500: ".len() + EXCERPT_CHARS_MAX);
-        assert!(started.elapsed() < Duration::from_secs(4), "bounded well below the timeout");
-    }
-
-    #[tokio::test]
-    async fn what_cannot_be_built_is_given_up() {
-        let (address, seen) = server().await;
-        let mut bad_id = delivery(address, "/ok");
-        bad_id.id = String::from("line\nbreak");
-        let mut bad_scheme = delivery(address, "/ok");
-        bad_scheme.request.url = "ftp://example.com/".parse().expect("a URL");
-        for delivery in [bad_id, bad_scheme] {
-            let (result, metrics) = perform(delivery, &settings()).await;
-            let failure = result.expect_err("no request");
-            assert_eq!(failure.verdict, Verdict::GiveUp, "{}", failure.error);
-            assert_eq!(count(&metrics, "unbuildable"), 1);
-        }
-        assert!(seen.lock().expect("no panic under the lock").is_empty());
-    }
-
-    #[tokio::test]
-    async fn small_answers_leave_the_connection_usable() {
-        let (address, seen) = server().await;
-        let sender = HttpSender::new(&settings(), Metrics::new()).expect("a client");
-        for path in ["/ok", "/down", "/later", "/ok", "/redirect"] {
-            let _ = sender.perform(Arc::new(delivery(address, path))).await;
-        }
-        let ports: HashSet<u16> = seen.lock().expect("no panic under the lock").iter().map(|(.., port)| *port).collect();
-        assert_eq!(ports.len(), 1);
-    }
-
-    #[tokio::test]
-    async fn the_pool_delivers_and_counts() {
-        let (address, _) = server().await;
-        let metrics = Metrics::new();
-        let perform = Arc::new(HttpSender::new(&settings(), metrics.clone()).expect("a client"));
-        let arguments = crate::schedule::DispatcherArguments { perform, settings: (&settings()).into() };
-        let (pool, _) = ractor::Actor::spawn(None, WebhookPool::new(), arguments).await.expect("the pool starts");
-        let (jobs, outcomes): (Vec<_>, Vec<_>) = (0..100)
-            .map(|order_key| {
-                let (waiter, outcome) = tokio::sync::oneshot::channel();
-                ((Arc::new(Delivery { order_key, ..delivery(address, "/ok") }), waiter), outcome)
-            })
-            .unzip();
-        pool.cast(crate::schedule::DispatcherMsg::Submit(jobs)).expect("the pool lives");
-        for outcome in outcomes {
-            assert_eq!(outcome.await, Ok(crate::job::Outcome::Done));
-        }
-        assert_eq!(count(&metrics, "delivered"), 100);
-        assert_eq!((metrics.webhook_queued.get(), metrics.webhook_in_flight.get()), (0, 0));
-        pool.stop(None);
-    }
-}
+mod tests;

@@ -7,8 +7,10 @@ use crate::config::{ConfigErrors, Loaded, Settings};
 use crate::couch::{Couch, CouchError};
 use crate::telemetry;
 use crate::vault::{Vault, redact_text};
+use crate::webhook::request;
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use url::Url;
 
 /// Of one kind of finding; the rest is counted.
@@ -105,7 +107,7 @@ async fn server(report: &mut Report, settings: &Settings) -> Option<()> {
         Ok(vault) => vault,
         Err(failure) => {
             report.fail(failure.exit, failure.message);
-            Vault::empty()
+            Arc::default()
         }
     };
     let couch = match couch(settings) {
@@ -129,6 +131,7 @@ async fn server(report: &mut Report, settings: &Settings) -> Option<()> {
     };
     documents(report, &census);
     passwords(report, &census, &vault);
+    secrets(report, &census, &vault);
     names(report, &couch, &census).await;
     Some(())
 }
@@ -289,6 +292,14 @@ fn passwords(report: &mut Report, census: &Census, vault: &Vault) {
     report.warn_each(lines.collect());
     let lines = exposed.iter().map(|what| format!("{what}: holds a password in its URL; move it to passwords_file"));
     report.warn_each(lines.collect());
+}
+
+fn secrets(report: &mut Report, census: &Census, vault: &Vault) {
+    let unusable = census.rules.iter().filter_map(|rule| {
+        let error = request::of_rule(&rule.handling, vault).err()?;
+        Some(format!("rule {:?}: is held, because {error}", rule.id))
+    });
+    report.warn_each(unusable.collect());
 }
 
 /// None where the URL names no user, and so wants no password.

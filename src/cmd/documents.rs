@@ -2,6 +2,7 @@
 
 use crate::couch::{Couch, CouchError, encode_segment};
 use crate::rules::fields::near_misses;
+use crate::rules::handling::Handling;
 use crate::rules::invalid::{Invalid as Fault, summary};
 use crate::rules::pattern::Pattern;
 use crate::rules::rule::Rule;
@@ -35,6 +36,7 @@ pub(super) struct RuleFacts {
     pub id: String,
     pub pattern: Pattern,
     pub url: String,
+    pub handling: Handling,
 }
 
 pub(super) struct ReplicatorFacts {
@@ -93,7 +95,7 @@ fn is_dirty(doc: &Value) -> bool {
 
 fn rule_facts(doc: &Value) -> Result<RuleFacts, Vec<Fault>> {
     let rule = Rule::parse(doc)?;
-    Ok(RuleFacts { id: rule.id.to_string(), pattern: rule.pattern, url: rule.url })
+    Ok(RuleFacts { id: rule.id.to_string(), pattern: rule.pattern, url: rule.url, handling: rule.handling })
 }
 
 fn replicator_facts(doc: &Value) -> Result<ReplicatorFacts, Vec<Fault>> {

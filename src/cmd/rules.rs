@@ -6,7 +6,7 @@ use crate::config::Settings;
 use crate::couch::{Rev, Row, Seq};
 use crate::rules::document::Document;
 use crate::rules::fields::near_misses;
-use crate::rules::handling::{HeaderSource, Order};
+use crate::rules::handling::{Handling, HeaderSource, Order};
 use crate::rules::invalid::summary;
 use crate::rules::rule::Rule;
 use crate::rules::template::render;
@@ -75,7 +75,8 @@ pub(super) fn test(options: &TestOptions) -> Exit {
         return Exit::No;
     }
     let rendered = render(&rule, options.db.as_deref().unwrap_or(ANY_DB), &doc);
-    match request::build(rendered, &Vault::empty()) {
+    // What the secrets are is not known here, and is not shown: their names are.
+    match request::build(rendered, &Handling::default(), &Vault::empty()) {
         Ok(request) => {
             shown(&rule, options.db.as_deref(), &row, &request).iter().for_each(|line| say(line));
             Exit::Done
@@ -270,7 +271,8 @@ mod tests {
         if !objections.is_empty() {
             return objections;
         }
-        let request = request::build(render(&rule, db.unwrap_or(ANY_DB), &doc), &Vault::empty()).expect("a request");
+        let request =
+            request::build(render(&rule, db.unwrap_or(ANY_DB), &doc), &Handling::default(), &Vault::empty()).expect("a request");
         shown(&rule, db, &row, &request)
     }
 

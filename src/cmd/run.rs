@@ -5,7 +5,7 @@ use crate::app::{self, App, Signals};
 use crate::config::Settings;
 use crate::couch::health::State;
 use crate::couch::{Couch, CouchError};
-use crate::vault::redact_text;
+use crate::vault::{Vault, redact_text};
 use std::time::Duration;
 use tracing::{debug, info, warn};
 
@@ -17,7 +17,7 @@ pub(super) async fn run(settings: Settings, with_install: bool) -> Result<Exit, 
     info!(version = env!("CARGO_PKG_VERSION"), couchdb = %settings.couchdb.url, db = settings.db_name, "spiegel starts");
     let vault = vault(&settings)?;
     let couch = couch(&settings)?;
-    let app = App::open(settings.clone(), vault, couch.clone()).await.map_err(|error| internal(&error))?;
+    let app = App::open(settings.clone(), Vault::clone(&vault), couch.clone()).await.map_err(|error| internal(&error))?;
     tokio::select! {
         prepared = prepare_when_it_answers(&couch, &settings, with_install) => prepared?,
         signal = signals.next() => {

@@ -7,9 +7,10 @@ use super::{
 };
 use crate::couch::CouchSettings;
 use crate::vault::split_credentials;
+use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU32;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
@@ -66,7 +67,8 @@ impl Reader {
             couchdb: couchdb?,
             db_name: self.db_name(),
             namespace: self.namespace(),
-            passwords_file: Some(self.text("passwords_file")).filter(|path| !path.is_empty()).map(PathBuf::from),
+            passwords_file: self.path("passwords_file"),
+            secrets_file: self.path("secrets_file"),
             feed: FeedSettings {
                 heartbeat: self.duration("feed.heartbeat", HEARTBEAT_MIN..=YEAR),
                 save_seq_after: self.duration("feed.save_seq_after", MOMENT..=YEAR),
@@ -117,6 +119,9 @@ impl Reader {
             fast_retries: u32::try_from(self.number("webhook.fast_retries", 0..=100)).unwrap_or_default(),
             retry_base: self.duration("webhook.retry_base", MOMENT..=YEAR),
             retry_cap: self.duration("webhook.retry_cap", MOMENT..=YEAR),
+            block_private_networks: self.switch("webhook.block_private_networks"),
+            allow_networks: self.networks("webhook.allow_networks"),
+            ca_file: self.path("webhook.ca_file"),
         }
     }
 
@@ -153,6 +158,10 @@ impl Reader {
             (
                 settings.feed.sweep_interval > Duration::from_secs(24 * 3600),
                 "feed.sweep_interval is over a day: what _global_changes loses is found only then",
+            ),
+            (
+                !settings.webhook.allow_networks.is_empty() && !settings.webhook.block_private_networks,
+                "webhook.allow_networks says nothing as long as webhook.block_private_networks is false",
             ),
         ];
         self.warnings.extend(risks.iter().filter(|(is_so, _)| *is_so).map(|(_, text)| (*text).to_string()));
@@ -213,6 +222,24 @@ impl Reader {
             Some(Raw::Text(text)) => text.clone(),
             _ => String::new(),
         }
+    }
+
+    fn path(&mut self, key: &str) -> Option<PathBuf> {
+        Some(self.text(key)).filter(|path| !path.is_empty()).map(PathBuf::from)
+    }
+
+    fn switch(&mut self, key: &str) -> bool {
+        let (raw, shown) = self.given(key);
+        let parsed = match &raw {
+            Raw::Boolean(is_so) => Some(*is_so),
+            // The environment knows only texts.
+            Raw::Text(text) if !matches!(self.values[key].origin, Origin::File { .. }) => text.trim().parse().ok(),
+            _ => None,
+        };
+        parsed.unwrap_or_else(|| {
+            self.refuse(key, format!("{shown} is neither true nor false, without quotes"));
+            matches!(self.defaults.get(key), Some(Raw::Boolean(true)))
+        })
     }
 
     fn duration(&mut self, key: &str, allowed: RangeInclusive<Duration>) -> Duration {
@@ -338,6 +365,18 @@ impl Reader {
             self.refuse("namespace", format!("{shown} may hold letters, digits and _-. only, or nothing"));
         }
         namespace
+    }
+
+    /// A network, or a single address, each.
+    fn networks(&mut self, key: &str) -> Vec<IpNet> {
+        let text = self.text(key);
+        let parse = |item: &str| item.parse().or_else(|_| item.parse::<IpAddr>().map(IpNet::from));
+        let items = text.split(',').map(str::trim).filter(|item| !item.is_empty());
+        items.map(parse).collect::<Result<Vec<IpNet>, _>>().unwrap_or_else(|_| {
+            let (_, shown) = self.given(key);
+            self.refuse(key, format!("{shown} is not a list of networks, such as \"10.1.0.0/16, fd00::/8\""));
+            Vec::new()
+        })
     }
 
     fn listen(&mut self) -> Option<SocketAddr> {

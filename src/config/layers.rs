@@ -42,6 +42,7 @@ impl fmt::Display for Origin {
 pub(super) enum Raw {
     Text(String),
     Integer(i64),
+    Boolean(bool),
     /// Of a type that no key has; its name.
     Other(&'static str),
 }
@@ -57,6 +58,7 @@ impl Given {
     pub fn shown(&self, key: &str) -> String {
         match &self.raw {
             Raw::Integer(number) => number.to_string(),
+            Raw::Boolean(_) => String::from("a boolean"),
             Raw::Other(kind) => format!("a {kind}"),
             Raw::Text(text) if key == URL_KEY || text.contains('@') => String::from("the value"),
             Raw::Text(text) => format!("{:?}", redact_text(&text.chars().take(60).collect::<String>())),
@@ -127,6 +129,7 @@ fn raw_of(value: &DeValue<'_>) -> Raw {
             Ok(number) => Raw::Integer(number),
             Err(_) => Raw::Other("number beyond 64 bits"),
         },
+        DeValue::Boolean(is_so) => Raw::Boolean(*is_so),
         other => Raw::Other(other.type_str()),
     }
 }
@@ -210,6 +213,7 @@ impl Layers {
             ("db_name", "--db-name", &flags.db_name),
             ("namespace", "--namespace", &flags.namespace),
             ("passwords_file", "--passwords-file", &flags.passwords_file),
+            ("secrets_file", "--secrets-file", &flags.secrets_file),
             ("log.level", "--log-level", &flags.log_level),
             ("log.format", "--log-format", &flags.log_format),
         ];

@@ -25,6 +25,7 @@ fn another_value(key: &str) -> &'static str {
         "db_name" => "mirror",
         "namespace" => "test_",
         "passwords_file" => "/run/passwords.json",
+        "secrets_file" => "/run/secrets.json",
         "couchdb.url" => "https://u:p%40ss@couch.example:6984/prefix",
         "couchdb.connect_timeout" => "3s",
         "couchdb.read_timeout" => "31s",
@@ -54,6 +55,9 @@ fn another_value(key: &str) -> &'static str {
         "deliveries.max" => "7",
         "deliveries.max_per_rule_and_database" => "6",
         "deliveries.retention" => "1d",
+        "webhook.block_private_networks" => "true",
+        "webhook.allow_networks" => "10.1.2.3, fd00::/8",
+        "webhook.ca_file" => "/run/ca.pem",
         "replication.concurrency" => "21",
         "replication.concurrency_per_host" => "3",
         "replication.per_second_per_host" => "5",
@@ -96,7 +100,7 @@ fn each_key_is_read_from_the_environment_and_from_the_file() {
         let by_environment = load(environment(&[(&variable_of(&key), value)])).unwrap_or_else(|e| panic!("{key}: {e}")).settings;
         assert_ne!(format!("{by_environment:?}"), unchanged, "{} changed nothing", variable_of(&key));
 
-        let written = if matches!(default, Raw::Integer(_)) { value.to_string() } else { format!("{value:?}") };
+        let written = if matches!(default, Raw::Integer(_) | Raw::Boolean(_)) { value.to_string() } else { format!("{value:?}") };
         let text = match key.split_once('.') {
             Some((section, name)) => format!("[{section}]\n{name} = {written}\n"),
             None => format!("{key} = {written}\n"),
@@ -169,6 +173,8 @@ fn bad_values_are_refused_with_the_key_its_origin_and_what_is_allowed() {
         ("SPIEGEL_LOG_LEVEL", "loud", "allowed are error, warn, info, debug and trace"),
         ("SPIEGEL_LOG_FORMAT", "xml", "allowed are auto, human and json"),
         ("SPIEGEL_WEBHOOK_PER_SECOND_PER_HOST", "1000001", "out of range"),
+        ("SPIEGEL_WEBHOOK_BLOCK_PRIVATE_NETWORKS", "yes", "\"yes\" is neither true nor false"),
+        ("SPIEGEL_WEBHOOK_ALLOW_NETWORKS", "10.0.0.0/8, localhost", "is not a list of networks"),
     ];
     for (name, value, expected) in cases {
         let errors = errors_of(environment(&[(name, value)]));
@@ -186,6 +192,7 @@ fn a_file_is_refused_with_its_line() {
             "[db]\nbatch_size = \"200\"\n",
             "spiegel.toml:2): \"200\" is not a whole number: allowed is from 1 to 10000, without quotes",
         ),
+        ("[webhook]\nblock_private_networks = \"true\"\n", "spiegel.toml:2): \"true\" is neither true nor false, without quotes"),
         ("db_name = true\n", "spiegel.toml:1): a boolean is not a text"),
         ("[feed]\nheart_beat = \"5s\"\n", "feed.heart_beat ("),
         ("[feed]\nheart_beat = \"5s\"\n", "is not a setting; did you mean feed.heartbeat?"),
@@ -329,7 +336,8 @@ fn no_text_shows_a_password() {
 
 #[test]
 fn risky_settings_warn() {
-    let cases: [(&[(&str, &str)], &str); 5] = [
+    let cases: [(&[(&str, &str)], &str); 6] = [
+        (&[("SPIEGEL_WEBHOOK_ALLOW_NETWORKS", "10.0.0.0/8")], "webhook.block_private_networks"),
         (&[("SPIEGEL_DEBOUNCE_LONGEST", "30s")], "debounce.longest"),
         (&[("SPIEGEL_SHUTDOWN_DEADLINE", "1m")], "Docker"),
         (&[("SPIEGEL_FEED_HEARTBEAT", "2m")], "feed.heartbeat"),

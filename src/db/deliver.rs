@@ -13,6 +13,7 @@ use crate::rules::handling::{OnFailure, Order};
 use crate::rules::rule::Rule;
 use crate::schedule::Pool;
 use crate::vault::Vault;
+use crate::webhook::request::RequestError;
 use crate::webhook::{Delivery, HttpSender};
 use futures_util::future::join_all;
 use std::collections::{BTreeMap, HashSet};
@@ -305,8 +306,12 @@ fn lost() -> Outcome {
     Outcome::Unsent { error, after: Duration::from_secs(1) }
 }
 
-fn unbuildable(error: crate::webhook::request::RequestError) -> Outcome {
-    Outcome::Failed(Failed { error: error.to_string(), verdict: Verdict::GiveUp, attempts: 0, answer: None })
+/// What is wrong with the rule holds it; what is wrong with this one delivery is this one's.
+fn unbuildable(error: RequestError) -> Outcome {
+    match error.concerns_rule() {
+        true => Outcome::Unsent { error: error.to_string(), after: DISABLED_FOR },
+        false => Outcome::Failed(Failed { error: error.to_string(), verdict: Verdict::GiveUp, attempts: 0, answer: None }),
+    }
 }
 
 fn delivery_key(rule: &RuleId, row: &Row) -> u64 {

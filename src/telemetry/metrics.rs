@@ -1,7 +1,9 @@
 //! The name of every metric.
 //!
-//! No label carries a database's or a document's name, so that the number of series stays bounded.
+//! No label carries a database's or a document's name, so that the number of series stays bounded; rules and hosts are named
+//! within a bound (`BoundedLabels`).
 
+use super::labels::BoundedLabels;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -31,6 +33,46 @@ pub struct StateLabels {
     pub state: &'static str,
 }
 
+/// A rule and a host that it calls.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub struct RouteLabels {
+    pub rule: Arc<str>,
+    pub host: Arc<str>,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub struct AttemptLabels {
+    pub rule: Arc<str>,
+    pub host: Arc<str>,
+    pub status_class: &'static str,
+}
+
+/// `none`: no answer came.
+const STATUS_CLASSES: [&str; 6] = ["none", "2xx", "3xx", "4xx", "5xx", "other"];
+/// 13 series each, or 4,000 in all, which a scrape bears.
+const ROUTES_MAX: usize = 200;
+const RULES_MAX: usize = 100;
+
+/// What is counted of one rule's requests to one host.
+pub struct Route {
+    attempts: [Counter; STATUS_CLASSES.len()],
+    seconds: Histogram,
+}
+
+impl Route {
+    pub fn observe(&self, status: Option<u16>, seconds: f64) {
+        let class = match status.map(|status| status / 100) {
+            None => 0,
+            Some(hundreds @ 2..=5) => usize::from(hundreds) - 1,
+            Some(_) => STATUS_CLASSES.len() - 1,
+        };
+        if let Some(attempts) = self.attempts.get(class) {
+            attempts.inc();
+        }
+        self.seconds.observe(seconds);
+    }
+}
+
 /// Every metric of the process; cloned as one `Arc`.
 pub struct Metrics {
     registry: Registry,
@@ -53,7 +95,14 @@ pub struct Metrics {
     pub webhook_in_flight: Gauge,
     pub webhook_queued: Gauge,
     pub webhook_duration_seconds: Histogram,
+    webhook_attempts: Family<AttemptLabels, Counter>,
+    webhook_attempt_duration_seconds: Family<RouteLabels, Histogram, fn() -> Histogram>,
+    /// The handles of the two above.
+    pub webhook_routes: BoundedLabels<Route>,
+    /// By state: parked, dead, dropped.
     pub deliveries: Family<StateLabels, Gauge>,
+    /// By state: open, half_open.
+    pub webhook_breakers: Family<StateLabels, Gauge>,
     pub rules_disabled: Gauge,
     pub replications: Family<OutcomeLabels, Counter>,
     pub replications_running: Gauge,
@@ -73,8 +122,9 @@ pub struct Metrics {
 
 impl Metrics {
     pub fn new() -> Arc<Self> {
-        // From 1 ms to about 4 minutes: a webhook on the same host up to a large replication.
-        let seconds = || Histogram::new(exponential_buckets(0.001, 4.0, 10));
+        let webhook_attempts = Family::<AttemptLabels, Counter>::default();
+        let webhook_attempt_duration_seconds = Family::<RouteLabels, Histogram, fn() -> Histogram>::new_with_constructor(seconds);
+        let webhook_routes = routes(webhook_attempts.clone(), webhook_attempt_duration_seconds.clone());
         let mut metrics = Self {
             registry: Registry::with_prefix("spiegel"),
             couchdb_requests: Family::default(),
@@ -96,7 +146,11 @@ impl Metrics {
             webhook_in_flight: Gauge::default(),
             webhook_queued: Gauge::default(),
             webhook_duration_seconds: seconds(),
+            webhook_attempts,
+            webhook_attempt_duration_seconds,
+            webhook_routes,
             deliveries: Family::default(),
+            webhook_breakers: Family::default(),
             rules_disabled: Gauge::default(),
             replications: Family::default(),
             replications_running: Gauge::default(),
@@ -143,11 +197,18 @@ impl Metrics {
         r.register("webhook_queued", "Webhook deliveries waiting for their turn", self.webhook_queued.clone());
         r.register("webhook_duration_seconds", "Time of one webhook request", self.webhook_duration_seconds.clone());
         r.register(
-            "deliveries",
-            "Deliveries of the deliveries database by state: parked, dead, dropped",
-            self.deliveries.clone(),
+            "webhook_attempts",
+            "Webhook requests by rule, host and class of the answer's status; `other` beyond the first few hundred",
+            self.webhook_attempts.clone(),
         );
-        r.register("rules_disabled", "Rules whose receiver answered 410", self.rules_disabled.clone());
+        r.register(
+            "webhook_attempt_duration_seconds",
+            "Time of one webhook request by rule and host",
+            self.webhook_attempt_duration_seconds.clone(),
+        );
+        r.register("deliveries", "Deliveries that are kept in the database, by state", self.deliveries.clone());
+        r.register("webhook_breakers", "Hosts that are not called as usual, by state", self.webhook_breakers.clone());
+        r.register("rules_disabled", "Rules whose receiver wants nothing more", self.rules_disabled.clone());
         r.register("replications", "Replication runs by outcome", self.replications.clone());
         r.register("replications_running", "Replications under way", self.replications_running.clone());
         r.register("replications_queued", "Replications waiting for their turn", self.replications_queued.clone());
@@ -184,5 +245,61 @@ impl Metrics {
             // Writing to a String cannot fail; an empty page is better than a crash if it ever does.
             Err(_) => String::new(),
         }
+    }
+}
+
+/// From 1 ms to about 4 minutes: a webhook on the same host up to a large replication.
+fn seconds() -> Histogram {
+    Histogram::new(exponential_buckets(0.001, 4.0, 10))
+}
+
+fn routes(
+    attempts: Family<AttemptLabels, Counter>,
+    seconds: Family<RouteLabels, Histogram, fn() -> Histogram>,
+) -> BoundedLabels<Route> {
+    BoundedLabels::new(ROUTES_MAX, RULES_MAX, move |rule, host| {
+        let (rule, host): (Arc<str>, Arc<str>) = (rule.into(), host.into());
+        let of_class = |status_class| AttemptLabels { rule: rule.clone(), host: host.clone(), status_class };
+        Route {
+            attempts: STATUS_CLASSES.map(|class| attempts.get_or_create_owned(&of_class(class))),
+            seconds: seconds.get_or_create_owned(&RouteLabels { rule: rule.clone(), host: host.clone() }),
+        }
+    })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_are_counted_by_rule_host_and_status_class() {
+        let metrics = Metrics::new();
+        for (rule, status) in
+            [("a", Some(204)), ("a", Some(201)), ("a", Some(503)), ("b\"\n", None), ("a", Some(101)), ("a", Some(999))]
+        {
+            metrics.webhook_routes.of(rule, "h:80").observe(status, 0.01);
+        }
+        let page = metrics.page();
+        for line in [
+            r#"spiegel_webhook_attempts_total{rule="a",host="h:80",status_class="2xx"} 2"#,
+            r#"spiegel_webhook_attempts_total{rule="a",host="h:80",status_class="4xx"} 0"#,
+            r#"spiegel_webhook_attempts_total{rule="a",host="h:80",status_class="5xx"} 1"#,
+            r#"spiegel_webhook_attempts_total{rule="a",host="h:80",status_class="other"} 2"#,
+            r#"spiegel_webhook_attempts_total{rule="b\"\n",host="h:80",status_class="none"} 1"#,
+            r#"spiegel_webhook_attempt_duration_seconds_count{rule="a",host="h:80"} 5"#,
+        ] {
+            assert!(page.contains(line), "{line}\n{page}");
+        }
+    }
+
+    #[test]
+    fn a_rule_with_a_million_hosts_makes_no_endless_page() {
+        let metrics = Metrics::new();
+        for n in 0..2_000 {
+            metrics.webhook_routes.of(&format!("rule{n}"), &format!("host{n}:80")).observe(Some(200), 0.01);
+        }
+        let series = metrics.page().lines().filter(|line| line.starts_with("spiegel_webhook_attempt")).count();
+        assert_eq!(series, (ROUTES_MAX + RULES_MAX + 1) * (STATUS_CLASSES.len() + 13));
     }
 }

@@ -19,7 +19,7 @@ pub fn delivery(
 ) -> Result<Delivery, RequestError> {
     let rendered = template::render(rule, db, doc);
     let row = doc.row();
-    let request = request::build(rendered, vault)?;
+    let request = request::build(rendered, &rule.handling, vault)?;
     let order_key = order_key(&rule.id, db, &row.id);
     let coalesce_key = match (rule.debounce, rule.handling.latest_only) {
         (true, _) => Some(fold(request.debounce_key())),

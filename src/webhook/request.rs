@@ -2,14 +2,18 @@
 //!
 //! GET, HEAD and DELETE carry the params as a query, the others as a JSON body: an object even where a rule has none, as the
 //! original sent it. The password goes into a header and never into the URL, so that no error text can carry it.
+//!
+//! What a document says reaches the URL percent-encoded and the body as JSON, and nothing else: headers are the rule's alone.
 
+use crate::rules::handling::{Handling, HeaderSource, Statuses};
 use crate::rules::rule::{js_string, sends_query};
 use crate::rules::template::Rendered;
-use crate::vault::{Credentials, Vault, VaultError, split_credentials};
+use crate::vault::{Credentials, SecretError, SigningKey, Vault, VaultError, split_credentials};
 use base64::Engine;
 use bytes::Bytes;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use reqwest::Method;
+use reqwest::header::{HeaderName, HeaderValue};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::fmt;
@@ -27,14 +31,23 @@ pub struct WebhookRequest {
     /// Without user and password.
     pub url: Url,
     pub credentials: Option<Credentials>,
-    /// JSON.
+    /// The rule's own, its secrets among them.
+    pub headers: Vec<(HeaderName, HeaderValue)>,
+    /// None: JSON's.
+    pub content_type: Option<HeaderValue>,
+    /// Each of them signs; empty where the rule wants no signature.
+    pub signing: Arc<[SigningKey]>,
     pub body: Option<Bytes>,
+    /// As in the rule's `Handling`.
+    pub retry_on: Option<Arc<[Statuses]>>,
     /// `host:port`: requests of one lane share its limits.
     pub lane: Arc<str>,
 }
 
 #[derive(Debug, thiserror::Error)]
 pub enum RequestError {
+    #[error(transparent)]
+    Secret(#[from] SecretError),
     #[error("build the webhook's URL: {0}")]
     Url(#[from] VaultError),
     #[error("build the webhook's URL: {0} is neither http nor https")]
@@ -45,18 +58,28 @@ pub enum RequestError {
     Query(String),
 }
 
+impl RequestError {
+    /// True where nothing of this rule can be sent until somebody mends the rule or the vault; false where it is about this
+    /// one change.
+    pub fn concerns_rule(&self) -> bool {
+        matches!(self, Self::Secret(_))
+    }
+}
+
 impl fmt::Debug for WebhookRequest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("WebhookRequest")
             .field("method", &self.method)
             .field("url", &self.url.as_str())
             .field("credentials", &self.credentials)
+            .field("signed", &!self.signing.is_empty())
             .field("body_bytes", &self.body.as_ref().map(Bytes::len))
-            .finish()
+            .finish_non_exhaustive()
     }
 }
 
-pub fn build(rendered: Rendered, vault: &Vault) -> Result<WebhookRequest, RequestError> {
+pub fn build(rendered: Rendered, handling: &Handling, vault: &Vault) -> Result<WebhookRequest, RequestError> {
+    let (signing, headers) = of_rule(handling, vault)?;
     let (mut url, credentials) = split_credentials(vault.inject(&rendered.url)?);
     if !matches!(url.scheme(), "http" | "https") {
         return Err(RequestError::Scheme(url.scheme().to_string()));
@@ -70,7 +93,32 @@ pub fn build(rendered: Rendered, vault: &Vault) -> Result<WebhookRequest, Reques
         }
         false => Some(Bytes::from(rendered.params)),
     };
-    Ok(WebhookRequest { method: rendered.method, url, credentials, body, lane })
+    Ok(WebhookRequest {
+        method: rendered.method,
+        url,
+        credentials,
+        headers,
+        content_type: handling.content_type.clone(),
+        signing,
+        body,
+        retry_on: handling.retry_on.as_deref().map(Arc::from),
+        lane,
+    })
+}
+
+/// What is the same in each request of a rule: the keys that sign, and its headers. Its errors concern the rule.
+pub fn of_rule(handling: &Handling, vault: &Vault) -> Result<(Arc<[SigningKey]>, Vec<(HeaderName, HeaderValue)>), RequestError> {
+    let signing = handling.secret.as_deref().map(|name| vault.signing(name)).transpose()?.unwrap_or_default();
+    let headers: Result<Vec<_>, RequestError> = handling.headers.iter().map(|header| own_header(header, vault)).collect();
+    Ok((signing, headers?))
+}
+
+fn own_header((name, source): &(HeaderName, HeaderSource), vault: &Vault) -> Result<(HeaderName, HeaderValue), RequestError> {
+    let value = match source {
+        HeaderSource::Text(value) => value.clone(),
+        HeaderSource::Secret(secret) => vault.header(secret)?,
+    };
+    Ok((name.clone(), value))
 }
 
 fn add_query(url: &mut Url, params: &str) -> Result<(), RequestError> {
@@ -126,12 +174,17 @@ fn push_pair(query: &mut String, name: &str, value: &str) {
 
 impl WebhookRequest {
     /// Equal for requests that are one to their receiver: method, final URL and params (bug 13: the original took the URL
-    /// before its variables were filled in). Stable from run to run.
+    /// before its variables were filled in), headers, and whether they are signed.
     pub fn debounce_key(&self) -> u128 {
         let user = self.credentials.as_ref().map_or("", |credentials| credentials.user.as_str());
         let body = self.body.as_deref().unwrap_or_default();
-        let digest = digest([self.method.as_str().as_bytes(), self.url.as_str().as_bytes(), user.as_bytes(), body]);
-        first_bytes(&digest).iter().fold(0, |key, byte| key << 8 | u128::from(*byte))
+        let content_type = self.content_type.as_ref().map(HeaderValue::as_bytes).unwrap_or_default();
+        // Equal keys sign the empty text alike.
+        let signature = super::sign::signature(&self.signing, "", "", b"");
+        let mut parts = vec![self.method.as_str().as_bytes(), self.url.as_str().as_bytes(), user.as_bytes(), body];
+        parts.extend([content_type, signature.as_bytes()]);
+        parts.extend(self.headers.iter().flat_map(|(name, value)| [name.as_str().as_bytes(), value.as_bytes()]));
+        first_bytes(&digest(parts)).iter().fold(0, |key, byte| key << 8 | u128::from(*byte))
     }
 }
 
@@ -148,7 +201,7 @@ pub fn webhook_id(rule_id: &str, db: &str, instance_start_time: &str, doc_id: &s
 }
 
 /// Each part goes in with its length, so that no two lists of parts are one text.
-fn digest<const N: usize>(parts: [&[u8]; N]) -> [u8; 32] {
+fn digest<'p>(parts: impl IntoIterator<Item = &'p [u8]>) -> [u8; 32] {
     let mut hash = Sha256::new();
     for part in parts {
         hash.update((part.len() as u64).to_be_bytes());
@@ -172,7 +225,8 @@ mod tests {
 
     fn request(method: &str, url: &str, params: Value) -> WebhookRequest {
         let method = Method::from_bytes(method.as_bytes()).unwrap();
-        build(Rendered { method, url: url.to_string(), params: params.to_string() }, &Vault::empty()).expect("a good request")
+        build(Rendered { method, url: url.to_string(), params: params.to_string() }, &Handling::default(), &Vault::empty())
+            .expect("a good request")
     }
 
     #[test]
@@ -213,7 +267,7 @@ mod tests {
             url: String::from("http://h/"),
             params: json!({"a": "x".repeat(URL_BYTES_MAX + 1)}).to_string(),
         };
-        assert!(matches!(build(rendered, &Vault::empty()), Err(RequestError::Query(_))));
+        assert!(matches!(build(rendered, &Handling::default(), &Vault::empty()), Err(RequestError::Query(_))));
     }
 
     #[test]
@@ -236,7 +290,7 @@ mod tests {
             url: String::from("https://user@example.com/foo?a=b"),
             params: json!({"foo": "bar", "change": {"_id": "1"}}).to_string(),
         };
-        let request = build(rendered, &vault).unwrap();
+        let request = build(rendered, &Handling::default(), &vault).unwrap();
         assert_eq!(request.url.as_str(), "https://example.com/foo?a=b&foo=bar&change%5B_id%5D=1");
         assert!(!format!("{request:?}").contains("s3cret"));
         let credentials = request.credentials.expect("from the vault");
@@ -247,7 +301,7 @@ mod tests {
     fn a_bad_url_is_an_error_that_hides_it() {
         for url in ["http://u:s3cret@[x/", "ftp://u:s3cret@h/", "http://u:s3cret@a%2Fb.h/"] {
             let rendered = Rendered { method: Method::GET, url: url.to_string(), params: String::from("{}") };
-            let error = build(rendered, &Vault::empty()).expect_err(url);
+            let error = build(rendered, &Handling::default(), &Vault::empty()).expect_err(url);
             assert!(!format!("{error} {error:?}").contains("s3cret"));
         }
     }
@@ -278,12 +332,103 @@ mod tests {
         assert_eq!(order_key("a", "b", "c"), order_key("a", "b", "c"));
     }
 
+    fn handling(secret: Option<&str>, headers: &[(&str, HeaderSource)]) -> Handling {
+        let headers = headers.iter().map(|(name, source)| (name.parse().unwrap(), source.clone())).collect();
+        Handling { secret: secret.map(Arc::from), headers, ..Handling::default() }
+    }
+
+    fn vault() -> Vault {
+        let key = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
+        let file = json!({"key": key, "rotating": [key, key], "token": "Bearer s3cret", "lines": "s3cret\n"}).to_string();
+        Vault::empty().with_secrets(&file).expect("a good file")
+    }
+
+    fn rendered() -> Rendered {
+        Rendered { method: Method::POST, url: String::from("http://h/"), params: String::from("{}") }
+    }
+
+    #[test]
+    fn a_rule_signs_with_its_secret_and_sends_its_headers() {
+        let text = HeaderSource::Text(HeaderValue::from_static("1"));
+        let rule = handling(Some("rotating"), &[("authorization", HeaderSource::Secret("token".into())), ("x-a", text)]);
+        let request = build(rendered(), &rule, &vault()).expect("a good request");
+        assert_eq!(request.signing.len(), 2);
+        let headers: Vec<(&str, &str)> =
+            request.headers.iter().map(|(name, value)| (name.as_str(), value.to_str().unwrap())).collect();
+        assert_eq!(headers, [("authorization", "Bearer s3cret"), ("x-a", "1")]);
+        assert!(!format!("{request:?}").contains("s3cret") && !format!("{:?}", request.headers).contains("s3cret"));
+    }
+
+    #[test]
+    fn a_rule_that_cannot_be_sent_is_told_from_a_delivery_that_cannot() {
+        let secret = |name: &str| HeaderSource::Secret(name.into());
+        for (rule, url, of_rule, text) in [
+            (handling(Some("nobody"), &[]), "http://h/", true, "no secret \"nobody\""),
+            (handling(Some("token"), &[]), "http://h/", true, "\"token\" cannot sign"),
+            (handling(None, &[("x-a", secret("nobody"))]), "http://h/", true, "no secret \"nobody\""),
+            (handling(None, &[("x-a", secret("lines"))]), "http://h/", true, "\"lines\" cannot be a header"),
+            (handling(None, &[("x-a", secret("rotating"))]), "http://h/", true, "\"rotating\" cannot be a header"),
+            (handling(Some("nobody"), &[]), "http://[bad/", true, "nobody"),
+            (handling(Some("key"), &[]), "http://[bad/", false, "not a URL"),
+            (handling(Some("key"), &[]), "ftp://h/", false, "ftp"),
+        ] {
+            let error = build(Rendered { url: url.to_string(), ..rendered() }, &rule, &vault()).expect_err(text);
+            assert_eq!(error.concerns_rule(), of_rule, "{error}");
+            assert!(error.to_string().contains(text) && !format!("{error:?}").contains("s3cret"), "{error}");
+        }
+    }
+
+    #[test]
+    fn requests_that_are_signed_or_headed_differently_are_not_one() {
+        let text = |value: &'static str| HeaderSource::Text(HeaderValue::from_static(value));
+        let html = Handling { content_type: Some(HeaderValue::from_static("text/html")), ..Handling::default() };
+        let rules = [
+            Handling::default(),
+            html,
+            handling(Some("key"), &[]),
+            handling(Some("rotating"), &[]),
+            handling(None, &[("x-a", text("1"))]),
+            handling(None, &[("x-a", text("2"))]),
+            handling(None, &[("x-b", text("1"))]),
+        ];
+        let keys: HashSet<u128> =
+            rules.iter().map(|rule| build(rendered(), rule, &vault()).expect("a good request").debounce_key()).collect();
+        assert_eq!(keys.len(), rules.len());
+    }
+
     proptest! {
         #[test]
         fn a_query_is_read_back_as_it_was_meant(name in "\\PC{1,10}", value in "(?s).{0,10}") {
             let request = request("GET", "http://h/?z=0", json!({name.clone(): value.clone()}));
             let pairs: Vec<(String, String)> = request.url.query_pairs().into_owned().collect();
             prop_assert_eq!(&pairs[1], &(name, value));
+        }
+
+        /// Nothing of a document reaches another part of the request than the one that the rule gave it.
+        #[test]
+        fn a_document_cannot_change_where_a_request_goes(
+            id in "(\\PC|[\r\n\0/?#@:%\\\\.&= ]){1,20}",
+            rev in "1-(\\PC|[\r\n/?#@:%.]){1,10}",
+            text in "(?s).{0,20}",
+        ) {
+            let rule = crate::rules::rule::Rule::parse(&json!({
+                "_id": "r", "type": "on_change", "db_name": "^db$", "method": "POST",
+                "url": "https://api.example.com:8443/a/${change.id}/b?x=${change.rev}&y=${change}", "params": {"doc": "$change"},
+            })).unwrap();
+            let doc = json!({"_id": id, "_rev": rev, "text": text});
+            let row: crate::couch::Row = serde_json::from_value(json!({"seq": "1-a", "id": id, "changes": [{"rev": rev}], "doc": doc})).unwrap();
+            let request = build(crate::rules::template::render(&rule, "db", &crate::rules::document::Document::of(&row)), &rule.handling, &Vault::empty()).unwrap();
+            prop_assert_eq!(&request.lane[..], "api.example.com:8443");
+            prop_assert_eq!(request.url.origin().ascii_serialization(), "https://api.example.com:8443");
+            prop_assert!(request.credentials.is_none() && request.headers.is_empty() && request.url.fragment().is_none());
+            let segments: Vec<&str> = request.url.path_segments().unwrap().collect();
+            prop_assert_eq!((segments.len(), segments[0], segments[2]), (3, "a", "b"));
+            let pairs: Vec<(String, String)> = request.url.query_pairs().into_owned().collect();
+            prop_assert_eq!(pairs.len(), 2);
+            prop_assert_eq!(&pairs[0], &(String::from("x"), rev));
+            prop_assert_eq!(serde_json::from_str::<Value>(&pairs[1].1).unwrap(), doc.clone());
+            let body: Value = serde_json::from_slice(&request.body.unwrap()).unwrap();
+            prop_assert_eq!(body, json!({"doc": doc}));
         }
     }
 }

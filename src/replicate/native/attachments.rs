@@ -13,7 +13,7 @@ use http::{StatusCode, Version, header};
 use reqwest::{Body, RequestBuilder, Response};
 use serde::Deserialize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 use tokio::task::yield_now;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
@@ -301,7 +301,7 @@ struct Answer {
 impl Answer {
     /// A body that does not come in time counts as none: the status has said the most.
     async fn read(response: Response, idle: Duration) -> Self {
-        let (status, retry_after) = (response.status(), retry_after(response.headers()));
+        let (status, retry_after) = (response.status(), retry_after(response.headers(), SystemTime::now()));
         let body = timeout(idle, beginning(response)).await.unwrap_or_default();
         Self { retry_after, ..Self::parse(status, &body) }
     }
