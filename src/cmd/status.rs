@@ -4,6 +4,7 @@ mod replicators;
 
 use super::documents::Census;
 use super::healthcheck::ask;
+use super::table::printable;
 use super::{Exit, Failure, couch, run, say};
 use crate::config::Settings;
 use serde_json::Value;
@@ -117,7 +118,7 @@ fn inline(value: &Value) -> Option<String> {
         Value::Bool(true) => Some(String::from("yes")),
         Value::Bool(false) => Some(String::from("no")),
         Value::Number(number) => Some(number.to_string()),
-        Value::String(text) => Some(text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()),
+        Value::String(text) => Some(printable(text)),
         Value::Array(items) if items.is_empty() => Some(String::from("none")),
         Value::Object(fields) if fields.is_empty() => Some(String::from("none")),
         Value::Array(items) if items.iter().all(|item| item.is_number()) => {
