@@ -305,11 +305,11 @@ async fn show(desk: &Desk, one: One) -> Result<Exit, CouchError> {
         }
         Named::Nobody => {
             say("no such delivery: it may have been delivered meanwhile");
-            Exit::NotReady
+            Exit::No
         }
         Named::Several => {
             say("several keys begin like that: give more of it");
-            Exit::NotReady
+            Exit::No
         }
     })
 }
@@ -336,11 +336,11 @@ async fn act_on_keys(desk: &Desk, keys: &[KeyPrefix], action: &Action, dry_run: 
             Named::One(doc) => docs.push(doc),
             Named::Nobody => {
                 say(&format!("{key}: no such delivery: it may have been delivered meanwhile"));
-                exit = Exit::NotReady;
+                exit = Exit::No;
             }
             Named::Several => {
                 say(&format!("{key}: several keys begin like that: give more of it"));
-                exit = Exit::NotReady;
+                exit = Exit::No;
             }
         }
     }
@@ -386,7 +386,7 @@ fn told(tally: Tally, action: &Action, dry_run: bool, exit: Exit) -> Exit {
     });
     if tally.contested > 0 {
         say(&format!("written by somebody else again and again, and left: {}; try again", tally.contested));
-        return Exit::NotReady;
+        return Exit::No;
     }
     exit
 }
@@ -413,7 +413,7 @@ pub(super) async fn enable_rule(settings: &Settings, id: &str) -> Result<Exit, F
         }
         None => {
             say(&format!("there is no rule {shown:?}"));
-            Ok(Exit::NotReady)
+            Ok(Exit::No)
         }
     }
 }
