@@ -1,16 +1,24 @@
-//! The HTTP API for operators: `/live`, `/ready`, `/metrics`, `/status`.
+//! The HTTP API for operators: `/live`, `/ready`, `/metrics`, `/status`, deliveries and rules.
 //!
-//! It knows no stage: whoever starts it hands in two closures that say whether the process is ready and what it is doing. It
-//! stands on a network where anybody may knock, so connections are bounded in number and in age, and `/status`, which names
-//! databases, answers on loopback only until it has a login.
+//! It knows no stage: whoever starts it hands in closures that say whether the process is ready and what it is doing, and that
+//! do what an operator wants. It stands on a network where anybody may knock, so connections are bounded in number and in age,
+//! no body is read, and but for the first three pages everybody has to log in; `/status` is open on loopback.
+
+mod browser;
+pub mod login;
+mod operations;
+
+pub use login::Login;
+pub use operations::{Order, Refusal, What};
 
 use crate::telemetry::Metrics;
+use axum::extract::connect_info::Connected;
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing::get;
-use axum::serve::Listener;
-use axum::{Json, Router};
+use axum::routing::{get, post};
+use axum::serve::{IncomingStream, Listener};
+use axum::{Json, Router, middleware};
 use futures_util::future::BoxFuture;
 use serde_json::{Value, json};
 use std::io;
@@ -36,12 +44,24 @@ const STATUS_TIMEOUT: Duration = Duration::from_secs(5);
 /// The media type of the OpenMetrics text that `Metrics::page` writes.
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
+/// Does what somebody wants who is allowed to.
+pub type Operate = Arc<dyn Fn(Order) -> BoxFuture<'static, Result<Value, Refusal>> + Send + Sync>;
+
+/// What the pages are made of.
 #[derive(Clone)]
-pub struct AdminState {
+pub struct Pages {
     pub metrics: Arc<Metrics>,
     /// Why the process is not ready, for a person; Ok once the feed has been opened and CouchDB answers.
     pub ready: Arc<dyn Fn() -> Result<(), String> + Send + Sync>,
     pub status: Arc<dyn Fn() -> BoxFuture<'static, Value> + Send + Sync>,
+    pub operate: Operate,
+    pub login: Arc<Login>,
+}
+
+#[derive(Clone)]
+struct AdminState {
+    pages: Pages,
+    is_loopback: bool,
 }
 
 /// A server that runs until `shutdown` is cancelled.
@@ -52,13 +72,14 @@ pub struct Admin {
     pub task: JoinHandle<()>,
 }
 
-pub async fn serve(listen: SocketAddr, state: AdminState, shutdown: CancellationToken) -> io::Result<Admin> {
+pub async fn serve(listen: SocketAddr, pages: Pages, shutdown: CancellationToken) -> io::Result<Admin> {
     let listener = TcpListener::bind(listen).await?;
     let address = listener.local_addr()?;
     let bounded = BoundedListener { listener, places: Arc::new(Semaphore::new(CONNECTIONS_MAX)) };
-    let router = router(state, address.ip().is_loopback());
+    let router = router(AdminState { pages, is_loopback: address.ip().is_loopback() });
     let task = tokio::spawn(async move {
-        let server = axum::serve(bounded, router).with_graceful_shutdown(shutdown.cancelled_owned());
+        let service = router.into_make_service_with_connect_info::<Peer>();
+        let server = axum::serve(bounded, service).with_graceful_shutdown(shutdown.cancelled_owned());
         if let Err(error) = server.await {
             warn!(%error, "the admin server ended");
         }
@@ -67,57 +88,61 @@ pub async fn serve(listen: SocketAddr, state: AdminState, shutdown: Cancellation
     Ok(Admin { address, task })
 }
 
-fn router(state: AdminState, is_loopback: bool) -> Router {
-    let status_handler = match is_loopback {
-        true => get(status),
-        false => get(status_refused),
+fn router(state: AdminState) -> Router {
+    let open = Router::new().route("/live", get(async || "live\n")).route("/ready", get(ready)).route("/metrics", get(metrics));
+    let guarded = Router::new()
+        .route("/deliveries", get(operations::deliveries))
+        .route("/deliveries/retry", post(operations::retry_many))
+        .route("/deliveries/drop", post(operations::drop_many))
+        .route("/deliveries/{key}", get(operations::delivery))
+        .route("/deliveries/{key}/retry", post(operations::retry))
+        .route("/deliveries/{key}/drop", post(operations::drop_one))
+        .route("/rules", get(operations::rules))
+        .route("/rules/{id}/enable", post(operations::enable_rule));
+    let (open, guarded) = match state.is_loopback {
+        true => (open.route("/status", get(own_status)), guarded),
+        false => (open, guarded.route("/status", get(status))),
     };
-    Router::new()
-        .route("/live", get(async || "live\n"))
-        .route("/ready", get(ready))
-        .route("/metrics", get(metrics))
-        .route("/status", status_handler)
-        .with_state(state)
+    let guarded = guarded.route_layer(middleware::from_fn_with_state(state.clone(), operations::guard));
+    open.merge(guarded).with_state(state)
 }
 
-async fn ready(State(state): State<AdminState>) -> Response {
-    match (state.ready)() {
+async fn ready(State(AdminState { pages, .. }): State<AdminState>) -> Response {
+    match (pages.ready)() {
         Ok(()) => Json(json!({ "ready": true })).into_response(),
         Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, Json(json!({ "ready": false, "reason": reason }))).into_response(),
     }
 }
 
-async fn metrics(State(state): State<AdminState>) -> Response {
-    ([(header::CONTENT_TYPE, OPENMETRICS)], state.metrics.page()).into_response()
+async fn metrics(State(AdminState { pages, .. }): State<AdminState>) -> Response {
+    ([(header::CONTENT_TYPE, OPENMETRICS)], pages.metrics.page()).into_response()
 }
 
-async fn status(State(state): State<AdminState>, headers: HeaderMap) -> Response {
-    if !is_own_host(&headers) {
-        return refusal(StatusCode::FORBIDDEN, "ask by IP address or as localhost");
+async fn own_status(state: State<AdminState>, headers: HeaderMap) -> Response {
+    match browser::is_own_host(&headers) {
+        true => status(state).await,
+        false => refusal(StatusCode::FORBIDDEN, "ask by IP address or as localhost"),
     }
-    match tokio::time::timeout(STATUS_TIMEOUT, (state.status)()).await {
+}
+
+async fn status(State(AdminState { pages, .. }): State<AdminState>) -> Response {
+    match tokio::time::timeout(STATUS_TIMEOUT, (pages.status)()).await {
         Ok(status) => Json(status).into_response(),
         Err(_) => refusal(StatusCode::SERVICE_UNAVAILABLE, "the answer took too long"),
     }
-}
-
-async fn status_refused() -> Response {
-    refusal(StatusCode::FORBIDDEN, "/status answers only where admin.listen is a loopback address: it has no login yet")
 }
 
 fn refusal(status: StatusCode, reason: &str) -> Response {
     (status, Json(json!({ "error": reason }))).into_response()
 }
 
-/// A page of the web can make a name of its own point at 127.0.0.1 and ask through somebody's browser: then the name is in `Host`.
-fn is_own_host(headers: &HeaderMap) -> bool {
-    let host = headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
-    match host.parse::<axum::http::uri::Authority>() {
-        Ok(authority) => {
-            let name = authority.host().trim_start_matches('[').trim_end_matches(']');
-            name == "localhost" || name.parse::<std::net::IpAddr>().is_ok()
-        }
-        Err(_) => false,
+/// Whose connection it is.
+#[derive(Debug, Clone, Copy)]
+struct Peer(SocketAddr);
+
+impl Connected<IncomingStream<'_, BoundedListener>> for Peer {
+    fn connect_info(stream: IncomingStream<'_, BoundedListener>) -> Self {
+        Peer(*stream.remote_addr())
     }
 }
 
@@ -188,89 +213,4 @@ impl AsyncWrite for BoundedStream {
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-mod tests {
-    use super::*;
-    use tokio::io::AsyncReadExt;
-
-    async fn started(listen: &str, ready: Result<(), String>) -> (Admin, CancellationToken) {
-        let state = AdminState {
-            metrics: Metrics::new(),
-            ready: Arc::new(move || ready.clone()),
-            status: Arc::new(|| Box::pin(async { json!({ "feed": "open" }) })),
-        };
-        let shutdown = CancellationToken::new();
-        let admin = serve(listen.parse().expect("an address"), state, shutdown.clone()).await.expect("a free port");
-        (admin, shutdown)
-    }
-
-    async fn ask(address: SocketAddr, path: &str) -> (u16, String, String) {
-        let answer = reqwest::get(format!("http://127.0.0.1:{}{path}", address.port())).await.expect("an answer");
-        let kind = answer.headers().get("content-type").map(|kind| kind.to_str().expect("text").to_string());
-        (answer.status().as_u16(), kind.unwrap_or_default(), answer.text().await.expect("a body"))
-    }
-
-    #[tokio::test]
-    async fn each_page_answers() {
-        let (admin, shutdown) = started("127.0.0.1:0", Ok(())).await;
-        assert_ne!(admin.address.port(), 0);
-        let cases = [
-            ("/live", 200, "text/plain; charset=utf-8", "live"),
-            ("/ready", 200, "application/json", "{\"ready\":true}"),
-            ("/metrics", 200, OPENMETRICS, "# EOF"),
-            ("/status", 200, "application/json", "{\"feed\":\"open\"}"),
-            ("/", 404, "", ""),
-        ];
-        for (path, status, kind, body) in cases {
-            let answer = ask(admin.address, path).await;
-            assert_eq!((answer.0, answer.1.as_str()), (status, kind), "{path}");
-            assert!(answer.2.contains(body), "{path}: {}", answer.2);
-        }
-        shutdown.cancel();
-        tokio::time::timeout(Duration::from_secs(5), admin.task).await.expect("a prompt end").expect("no panic");
-    }
-
-    #[tokio::test]
-    async fn not_ready_says_why() {
-        let (admin, _shutdown) = started("127.0.0.1:0", Err(String::from("couchdb does not answer"))).await;
-        let (status, _, body) = ask(admin.address, "/ready").await;
-        assert_eq!((status, body.as_str()), (503, "{\"ready\":false,\"reason\":\"couchdb does not answer\"}"));
-    }
-
-    #[tokio::test]
-    async fn status_is_for_loopback_only() {
-        let (admin, _shutdown) = started("0.0.0.0:0", Ok(())).await;
-        assert_eq!(ask(admin.address, "/status").await.0, 403);
-        assert_eq!(ask(admin.address, "/ready").await.0, 200);
-    }
-
-    #[test]
-    fn a_foreign_name_in_host_is_refused() {
-        let cases = [
-            ("127.0.0.1:9595", true),
-            ("[::1]:9595", true),
-            ("localhost:9595", true),
-            ("localhost", true),
-            ("evil.example:9595", false),
-            ("localhost.evil.example", false),
-            ("", false),
-        ];
-        for (host, expected) in cases {
-            let headers = HeaderMap::from_iter([(header::HOST, host.parse().expect("a header"))]);
-            assert_eq!(is_own_host(&headers), expected, "{host}");
-        }
-    }
-
-    #[tokio::test]
-    async fn a_silent_connection_is_closed_at_its_age() {
-        let (admin, _shutdown) = started("127.0.0.1:0", Ok(())).await;
-        let mut silent = TcpStream::connect(admin.address).await.expect("a connection");
-        // Let the server accept it before the clock jumps.
-        ask(admin.address, "/live").await;
-        tokio::time::pause();
-        tokio::time::advance(CONNECTION_AGE_MAX + Duration::from_secs(1)).await;
-        tokio::time::resume();
-        let mut rest = Vec::new();
-        let end = tokio::time::timeout(Duration::from_secs(5), silent.read_to_end(&mut rest)).await;
-        assert!(end.is_ok(), "still open");
-    }
-}
+mod tests;

@@ -4,6 +4,7 @@
 //! too many restarts in a window end the process. The last stage is started first, and the first stage is drained first.
 
 pub mod couch_health;
+mod operations;
 pub mod restart;
 mod status;
 #[cfg(all(test, feature = "dev"))]
@@ -520,7 +521,7 @@ impl App {
         let admin_stop = CancellationToken::new();
         let admin = match world.settings.admin_listen {
             Some(listen) => {
-                let serving = admin::serve(listen, status::admin_state(&world), admin_stop.clone()).await;
+                let serving = admin::serve(listen, status::pages(&world), admin_stop.clone()).await;
                 Some(serving.with_context(|| format!("listen on admin.listen {listen}"))?)
             }
             None => None,

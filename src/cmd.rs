@@ -1,10 +1,11 @@
 //! The command line: one file a subcommand.
 //!
-//! Exit codes: 0 done, 1 no (`healthcheck`: not ready, `rules test`: nothing to send), 64 usage, 65 a file that a command was given
-//! cannot be used, 69 CouchDB unreachable at a one-shot command, 70 internal, 78 bad
+//! Exit codes: 0 done, 1 no (`healthcheck`: not ready, `rules test`: nothing to send, `deliveries`: what was named is not there),
+//! 64 usage, 65 a file that a command was given cannot be used, 69 CouchDB unreachable at a one-shot command, 70 internal, 78 bad
 //! config. `run` waits for a CouchDB that does not answer instead of leaving.
 
 mod check;
+mod deliveries;
 #[cfg(feature = "dev")]
 mod demo;
 mod design;
@@ -16,6 +17,7 @@ mod install;
 mod rules;
 mod run;
 mod status;
+mod table;
 mod uninstall;
 
 use crate::config::{ConfigErrors, Flags, Loaded, LogSettings, Settings};
@@ -60,9 +62,9 @@ pub enum Command {
         #[arg(long)]
         install: bool,
     },
-    /// Create the spiegel database, its views and the sieve; doing it twice is fine
+    /// Create the spiegel database, its views, the deliveries database and the sieve; doing it twice is fine
     Install,
-    /// Remove the sieve and the spiegel database with all rules, replicators and positions
+    /// Remove the sieve, the deliveries database, and the spiegel database with all rules, replicators and positions
     Uninstall,
     /// Look whether everything is in place, and say what to do where it is not
     Check,
@@ -75,6 +77,9 @@ pub enum Command {
     /// List the rules, or show what one would send
     #[command(subcommand)]
     Rules(RulesCommand),
+    /// Deliveries that failed: look at them, have them tried again, drop them
+    #[command(subcommand)]
+    Deliveries(deliveries::Command),
     /// Print the version
     Version,
     /// Ask the running process whether it is alive: exit code 0 or 1 (for containers)
@@ -235,6 +240,7 @@ async fn one(command: Command, loaded: Loaded) -> Result<Exit, Failure> {
         Command::Uninstall => uninstall::command(&settings).await,
         Command::Rules(RulesCommand::List) => rules::list(&settings).await,
         Command::Status { all } => status::command(&settings, all).await,
+        Command::Deliveries(command) => deliveries::command(&settings, command).await,
         Command::Healthcheck { ready } => healthcheck::command(&settings, ready).await,
         #[cfg(feature = "dev")]
         Command::Dev(options) => dev::dev(options).await,

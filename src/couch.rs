@@ -9,6 +9,7 @@ pub mod docs;
 pub mod fingerprint;
 pub mod health;
 pub mod replicate;
+pub mod session;
 
 use crate::job::Verdict;
 use crate::telemetry::{Metrics, RequestLabels};
@@ -25,6 +26,7 @@ use url::Url;
 
 pub use changes::{Changes, ChangesQuery, FeedLine, Rev, Row};
 pub use docs::WriteResult;
+pub use session::Standing;
 
 /// A position in a database's changes. Opaque: never compared for order. CouchDB's are strings, PouchDB's are integers.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]

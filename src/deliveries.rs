@@ -13,11 +13,14 @@
 //! claimed, so that two processes do not both make it.
 
 mod attempts;
+pub mod counts;
 mod follow;
 pub mod index;
+pub mod operate;
 mod park;
 pub mod parked;
 pub mod patience;
+pub mod select;
 
 pub use park::Owed;
 

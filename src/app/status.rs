@@ -1,22 +1,24 @@
 //! What the process says of itself: `/ready` and `/status`.
 
-use super::World;
-use crate::admin::AdminState;
+use super::{World, operations};
+use crate::admin::Pages;
 use crate::topology;
 use serde_json::{Value, json};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::oneshot;
 
-pub(super) fn admin_state(world: &Arc<World>) -> AdminState {
+pub(super) fn pages(world: &Arc<World>) -> Pages {
     let (for_ready, for_status) = (world.clone(), world.clone());
-    AdminState {
+    Pages {
         metrics: world.metrics.clone(),
         ready: Arc::new(move || ready(&for_ready)),
         status: Arc::new(move || {
             let world = for_status.clone();
             Box::pin(async move { status(&world, replicators(&world).await) })
         }),
+        operate: operations::operate(world),
+        login: Arc::new(operations::login(&world.couch)),
     }
 }
 

@@ -5,6 +5,7 @@ use super::install::{Access, FEED_DB, security};
 use super::{Exit, couch, run, say, vault};
 use crate::config::{ConfigErrors, Loaded, Settings};
 use crate::couch::{Couch, CouchError};
+use crate::deliveries::operate::Desk;
 use crate::telemetry;
 use crate::vault::{Vault, redact_text};
 use crate::webhook::request;
@@ -122,6 +123,7 @@ async fn server(report: &mut Report, settings: &Settings) -> Option<()> {
     feed_database(report, &couch).await;
     tuning(report, &couch).await;
     spiegel_database(report, &couch, &settings.db_name).await?;
+    deliveries_database(report, &couch, &settings.db_name).await;
     let census = match Census::of(&couch, &settings.db_name).await {
         Ok(census) => census,
         Err(error) => {
@@ -215,6 +217,30 @@ async fn spiegel_database(report: &mut Report, couch: &Couch, db: &str) -> Optio
         Err(error) => report.couch_error(&format!("rights on {db:?}"), &error),
     }
     Some(())
+}
+
+async fn deliveries_database(report: &mut Report, couch: &Couch, spiegel_db: &str) {
+    let desk = Desk::new(couch.clone(), spiegel_db);
+    let db = desk.db();
+    let looked = async {
+        if !desk.exists().await? {
+            return Ok(format!("database {db:?}: is missing; it is created when first needed, or by `spiegel install`"));
+        }
+        if !desk.is_ours().await? {
+            return Ok(format!("database {db:?}: holds other documents than deliveries that failed; choose another db_name"));
+        }
+        match Access::of(&security(couch, db).await?) {
+            Access::AdminsOnly => Ok(String::new()),
+            Access::Everybody | Access::Granted => Ok(format!(
+                "database {db:?}: others than admins have access to what failed and why; run `spiegel install` or look at its _security"
+            )),
+        }
+    };
+    match looked.await {
+        Ok(warning) if warning.is_empty() => report.ok(format!("database {db:?}: exists, admins only")),
+        Ok(warning) => report.warn(warning),
+        Err(error) => report.couch_error(&format!("database {db:?}"), &error),
+    }
 }
 
 /// Settings of CouchDB that cost most of the time between a write and its effect.

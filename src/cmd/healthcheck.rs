@@ -70,15 +70,17 @@ mod tests {
 
     #[tokio::test]
     async fn a_running_process_is_asked() {
-        use crate::admin::{AdminState, serve};
+        use crate::admin::{Login, Pages, serve};
         use std::sync::Arc;
-        let state = AdminState {
+        let pages = Pages {
             metrics: crate::telemetry::Metrics::new(),
             ready: Arc::new(|| Err(String::from("the feed is not open yet"))),
             status: Arc::new(|| Box::pin(async { serde_json::json!({ "rules": 1 }) })),
+            operate: Arc::new(|_| Box::pin(async { Ok(Value::Null) })),
+            login: Arc::new(Login::new(Box::new(|_| Box::pin(async { Err(String::new()) })), None)),
         };
         let listen = "127.0.0.1:0".parse().expect("an address");
-        let admin = serve(listen, state, tokio_util::sync::CancellationToken::new()).await.expect("a free port");
+        let admin = serve(listen, pages, tokio_util::sync::CancellationToken::new()).await.expect("a free port");
 
         let mut settings = crate::config::load(crate::config::Sources::default()).expect("the defaults").settings;
         settings.admin_listen = Some(admin.address);

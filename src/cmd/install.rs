@@ -1,9 +1,11 @@
-//! `spiegel install`: the spiegel database, `_global_changes`, and the original's design documents. Doing it twice is fine.
+//! `spiegel install`: the spiegel database, that of its deliveries, `_global_changes`, and the original's design documents. Doing
+//! it twice is fine.
 
 use super::design::{self, Design};
 use super::{Exit, Failure, couch, say};
 use crate::config::Settings;
 use crate::couch::{Couch, CouchError, WriteResult, encode_segment};
+use crate::deliveries::operate::Desk;
 use serde_json::Value;
 
 pub(super) const FEED_DB: &str = "_global_changes";
@@ -26,10 +28,26 @@ pub(super) async fn install(couch: &Couch, settings: &Settings, done: &mut (dyn 
     for design in design::of_the_spiegel_database() {
         write_design(couch, db, &design, done).await?;
     }
+    deliveries(couch, db, done).await?;
     if couch.create_db(FEED_DB).await? {
         done(&format!("created   database \"{FEED_DB}\""));
     }
     write_design(couch, FEED_DB, &design::sieve(&settings.namespace, db), done).await
+}
+
+/// It tells names of databases and documents, and what receivers answered. Somebody's own database of that name is left alone.
+async fn deliveries(couch: &Couch, spiegel_db: &str, done: &mut (dyn FnMut(&str) + Send)) -> Result<(), CouchError> {
+    let desk = Desk::new(couch.clone(), spiegel_db);
+    let db = desk.db();
+    let is_new = couch.create_db(db).await?;
+    done(&format!("{} database \"{db}\"", if is_new { "created  " } else { "unchanged" }));
+    match desk.is_ours().await? {
+        true => secure(couch, db, is_new, done).await,
+        false => {
+            done(&format!("unchanged rights on \"{db}\": it holds other documents than deliveries; choose another db_name"));
+            Ok(())
+        }
+    }
 }
 
 /// Rules make Spiegel send documents anywhere, so only admins may write them. Rights that somebody granted on purpose are left.

@@ -4,9 +4,14 @@ mod replicators;
 
 use super::documents::Census;
 use super::healthcheck::ask;
+use super::table::printable;
 use super::{Exit, Failure, couch, run, say};
 use crate::config::Settings;
+use crate::deliveries::operate::Desk;
 use serde_json::Value;
+
+/// Counted one by one; a person who waits for more than this can ask the running process.
+const DELIVERIES_MAX: usize = 20_000;
 
 pub(super) async fn command(settings: &Settings, all: bool) -> Result<Exit, Failure> {
     match running_process(settings).await {
@@ -45,6 +50,11 @@ async fn from_the_database(settings: &Settings) -> Result<Exit, Failure> {
         return Err(Failure::new(Exit::Config, run::missing_database(db, couch.address())));
     }
     let census = Census::of(&couch, db).await.map_err(failed)?;
+    let (counts, is_complete) = Desk::new(couch.clone(), db).count(DELIVERIES_MAX).await.map_err(failed)?;
+    let deliveries = match is_complete {
+        true => counts.line(),
+        false => format!("{}, and more", counts.line()),
+    };
     say(&format!("the database \"{db}\" on {} tells:", couch.address()));
     let position = match &census.watermark {
         Some(Value::String(seq)) => short(seq),
@@ -57,9 +67,13 @@ async fn from_the_database(settings: &Settings) -> Result<Exit, Failure> {
         ("replicators", format!("{}, dirty {}", census.replicators.len(), census.dirty_replicators)),
         ("change_listeners", format!("{}, dirty {}", census.change_listeners, census.dirty_change_listeners)),
         ("invalid", census.invalid.len().to_string()),
+        ("deliveries", deliveries),
     ];
     for (name, value) in lines {
         say(&format!("  {name:<17} {value}"));
+    }
+    for rule in counts.disabled() {
+        say(&format!("  disabled          {}; `spiegel rules enable ID` or an edit ends it", printable(rule)));
     }
     if !census.invalid.is_empty() {
         say("`spiegel check` says what is wrong with the invalid ones");
@@ -117,7 +131,7 @@ fn inline(value: &Value) -> Option<String> {
         Value::Bool(true) => Some(String::from("yes")),
         Value::Bool(false) => Some(String::from("no")),
         Value::Number(number) => Some(number.to_string()),
-        Value::String(text) => Some(text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()),
+        Value::String(text) => Some(printable(text)),
         Value::Array(items) if items.is_empty() => Some(String::from("none")),
         Value::Object(fields) if fields.is_empty() => Some(String::from("none")),
         Value::Array(items) if items.iter().all(|item| item.is_number()) => {

@@ -1,9 +1,10 @@
-//! `spiegel uninstall`: removes the sieve and the spiegel database. What is missing already is fine.
+//! `spiegel uninstall`: removes the sieve, the spiegel database and that of its deliveries. What is missing already is fine.
 
 use super::install::FEED_DB;
 use super::{Exit, Failure, couch, design, say};
 use crate::config::Settings;
 use crate::couch::{Couch, CouchError, WriteResult};
+use crate::deliveries::operate::Desk;
 
 pub(super) async fn command(settings: &Settings) -> Result<Exit, Failure> {
     let couch = couch(settings)?;
@@ -19,9 +20,21 @@ pub(super) async fn command(settings: &Settings) -> Result<Exit, Failure> {
     let sieve = design::sieve(&settings.namespace, db).id;
     let had_sieve = remove_doc(&couch, FEED_DB, &sieve).await.map_err(failed)?;
     say(&told(had_sieve, &format!("{FEED_DB}/{sieve}")));
+    remove_deliveries(&couch, db).await.map_err(failed)?;
     let had_db = couch.delete_db(db).await.map_err(failed)?;
     say(&told(had_db, &format!("database \"{db}\"")));
     Ok(Exit::Done)
+}
+
+/// Before the spiegel database goes: as long as that is there, a second try finds this one.
+async fn remove_deliveries(couch: &Couch, spiegel_db: &str) -> Result<(), CouchError> {
+    let desk = Desk::new(couch.clone(), spiegel_db);
+    let db = desk.db();
+    match desk.is_ours().await? {
+        true => say(&told(couch.delete_db(db).await?, &format!("database \"{db}\""))),
+        false => say(&format!("left      database \"{db}\": it holds other documents than deliveries")),
+    }
+    Ok(())
 }
 
 fn told(was_there: bool, what: &str) -> String {

@@ -208,6 +208,26 @@ impl Couch {
         Ok(docs.filter(|doc| Some(doc["_id"].as_str().unwrap_or_default()) != after).collect())
     }
 
+    /// The first documents by id, or the last.
+    pub async fn docs_at_end(&self, db: &str, descending: bool, limit: usize) -> Result<Vec<Value>> {
+        #[derive(Deserialize)]
+        struct Entry {
+            #[serde(default)]
+            doc: Option<Value>,
+        }
+        #[derive(Deserialize)]
+        struct Entries {
+            rows: Vec<Entry>,
+        }
+        let request = self.request(Method::GET, &format!("{}/_all_docs", encode_segment(db))).query(&[
+            ("include_docs", String::from("true")),
+            ("descending", descending.to_string()),
+            ("limit", limit.to_string()),
+        ]);
+        let entries: Entries = self.json("_all_docs", request).await?;
+        Ok(entries.rows.into_iter().filter_map(|entry| entry.doc).collect())
+    }
+
     pub async fn put_doc(&self, db: &str, id: &str, doc: &Value) -> Result<WriteResult> {
         #[derive(Deserialize)]
         struct Saved {

@@ -1,10 +1,9 @@
 //! The replicators of `/status`, for people: how many there are of each state in a line, and the list as a table.
 
 use super::inline;
+use crate::cmd::table::{Table, cut};
 use serde_json::Value;
 
-/// A name or a URL that is longer takes the room of all others.
-const CELL_CHARS_MAX: usize = 60;
 const SETTLED: &str = "completed";
 
 /// Takes the list out of the page, and leaves the counts as a line.
@@ -30,7 +29,7 @@ pub(super) fn take_table(status: &mut Value, all: bool) -> Vec<String> {
         return Vec::new();
     }
     let more = shown.saturating_sub(rows.len() as u64);
-    let mut lines = aligned(&rows);
+    let mut lines = Table::new(["replicator", "state", "source", "target", ""]).lines(&rows);
     if more > 0 {
         lines.push(format!("and {more} more"));
     }
@@ -38,13 +37,7 @@ pub(super) fn take_table(status: &mut Value, all: bool) -> Vec<String> {
 }
 
 fn row(doc: &Value) -> [String; 5] {
-    let cell = |name: &str| {
-        let text = inline(&doc[name]).unwrap_or_default();
-        match text.chars().count() > CELL_CHARS_MAX {
-            true => text.chars().take(CELL_CHARS_MAX - 1).chain(['…']).collect(),
-            false => text,
-        }
-    };
+    let cell = |name: &str| cut(&inline(&doc[name]).unwrap_or_default());
     [cell("doc_id"), cell("state"), cell("source"), cell("target"), tale(doc)]
 }
 
@@ -65,22 +58,6 @@ fn tale(doc: &Value) -> String {
     };
     let parts: Vec<String> = parts.into_iter().flatten().collect();
     parts.join(", ")
-}
-
-fn aligned(rows: &[[String; 5]]) -> Vec<String> {
-    let head = ["replicator", "state", "source", "target", ""].map(String::from);
-    let mut widths = [0; 5];
-    let rows: Vec<&[String; 5]> = std::iter::once(&head).chain(rows).collect();
-    for row in &rows {
-        for (width, cell) in widths.iter_mut().zip(*row) {
-            *width = (*width).max(cell.chars().count());
-        }
-    }
-    let line = |row: &&[String; 5]| {
-        let cells = row.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}"));
-        cells.collect::<Vec<_>>().join("  ").trim_end().to_string()
-    };
-    rows.iter().map(line).collect()
 }
 
 #[cfg(test)]

@@ -129,9 +129,14 @@ impl Spiegel {
         }
     }
 
+    /// Where the admin server listens, once it does.
+    pub fn admin_address(&self) -> Option<String> {
+        self.lines.admin.lock().expect("not poisoned").clone()
+    }
+
     /// A page of the admin server; None where it does not answer.
     pub async fn page(&self, path: &str) -> Option<(u16, String)> {
-        let address = self.lines.admin.lock().expect("not poisoned").clone()?;
+        let address = self.admin_address()?;
         let url = format!("http://{address}{path}");
         let answer = self.http.get(url).timeout(Duration::from_secs(6)).send().await.ok()?;
         let status = answer.status().as_u16();
