@@ -55,6 +55,10 @@ pub const INLINE_BYTES_MAX: u64 = 64 * 1024;
 /// CouchDB answers 400 to a request line of 8 kB, and a proxy may do so earlier; this leaves room for names.
 const ATTS_SINCE_BYTES_MAX: usize = 3000;
 
+/// Who has no parts to send (PouchDB's server; CouchDB of a document without attachments) calls it JSON only where that is
+/// asked for.
+const WANTED: &str = "multipart/related, application/json;q=0.5";
+
 /// An error's body is a line of JSON, or some proxy's page.
 const ANSWER_BYTES_MAX: usize = 64 * 1024;
 const REASON_CHARS_MAX: usize = 300;
@@ -129,7 +133,7 @@ pub fn target_path(doc_id: &str) -> String {
 /// Neither may come from a client with a read timeout: for reqwest the time until an answer includes that of sending. `idle` is
 /// how long a side may be silent.
 pub async fn transfer(source: RequestBuilder, target: RequestBuilder, idle: Duration) -> Result<Moved, MoveError> {
-    let wanted = source.header(header::ACCEPT, "multipart/related").header(header::ACCEPT_ENCODING, "identity");
+    let wanted = source.header(header::ACCEPT, WANTED).header(header::ACCEPT_ENCODING, "identity");
     let response = match timeout(idle, wanted.send()).await {
         Err(_) => return Err(Side::Source.silent(idle)),
         Ok(Err(error)) => return Err(MoveError::Source(lost(&error))),

@@ -41,15 +41,26 @@ pub async fn leaf_sets(place: Place<'_>) -> LeafSets {
 
 /// Panics with what differs: every document is read from each of them by `open_revs=all`.
 pub async fn assert_same(expected: Place<'_>, found: &[Place<'_>], when: &str) {
+    assert_same_trees(expected, found, when, canonical).await;
+}
+
+/// As far as two servers of different kinds can hold the same: the same leaves with the same history, texts, numbers to a
+/// double's precision and attachments; not how an attachment is kept and since when.
+pub async fn assert_same_documents(expected: Place<'_>, found: Place<'_>, when: &str) {
+    assert_same_trees(expected, &[found], when, portable).await;
+}
+
+async fn assert_same_trees(expected: Place<'_>, found: &[Place<'_>], when: &str, shown: fn(&str) -> String) {
     let sets = leaf_sets(expected).await;
     for place in found {
-        same_leaf_sets(&sets, &leaf_sets(*place).await, when);
+        same_leaf_sets(&sets, &leaf_sets(*place).await, &format!("{when}: {}", place.db));
     }
     let ids: Vec<&String> = sets.keys().collect();
     for chunk in ids.chunks(CHUNK) {
-        let wanted = trees(expected, chunk).await;
+        let wanted = trees(expected, chunk, shown).await;
         for place in found {
-            show(&differing(&wanted, &trees(*place, chunk).await), when);
+            let differing = differing(&wanted, &trees(*place, chunk, shown).await);
+            show(&differing, &format!("{when}: {}", place.db));
         }
     }
 }
@@ -113,23 +124,16 @@ struct Row<'a> {
     missing: Option<&'a RawValue>,
 }
 
-impl Row<'_> {
-    fn text(&self) -> String {
-        let found = self.ok.or(self.missing);
-        found.map_or_else(|| "neither ok nor missing".into(), |raw| canonical(raw.get()))
-    }
-}
-
-async fn trees(place: Place<'_>, ids: &[&String]) -> Leaves {
-    let reading: Vec<_> = ids.iter().map(|id| tree(place, id.to_string())).collect();
+async fn trees(place: Place<'_>, ids: &[&String], shown: fn(&str) -> String) -> Leaves {
+    let reading: Vec<_> = ids.iter().map(|id| tree(place, id.to_string(), shown)).collect();
     stream::iter(reading).buffer_unordered(AT_ONCE).collect().await
 }
 
 /// A document with all of its leaves: their bytes, and then their lengths and how they are kept.
-async fn tree(place: Place<'_>, id: String) -> (String, Vec<String>) {
+async fn tree(place: Place<'_>, id: String, shown: fn(&str) -> String) -> (String, Vec<String>) {
     let mut leaves = Vec::new();
     for options in ["attachments=true", "att_encoding_info=true"] {
-        leaves.extend(open_revs(place, &id, options).await);
+        leaves.extend(open_revs(place, &id, options, shown).await);
     }
     (id, leaves)
 }
@@ -148,11 +152,12 @@ async fn read(place: Place<'_>, method: Method, path: &str, body: Option<String>
     last.1
 }
 
-async fn open_revs(place: Place<'_>, id: &str, options: &str) -> Vec<String> {
+async fn open_revs(place: Place<'_>, id: &str, options: &str, shown: fn(&str) -> String) -> Vec<String> {
     let path = format!("{}/{}?open_revs=all&revs=true&{options}", encode(place.db), encode_id(id));
     let text = read(place, Method::GET, &path, None).await;
-    let rows: Vec<Row> = serde_json::from_str(&text).expect("rows");
-    let mut texts: Vec<String> = rows.iter().map(Row::text).collect();
+    let rows: Vec<Row> = serde_json::from_str(&text).unwrap_or_else(|error| panic!("{path}: {error}: {text}"));
+    let text = |row: &Row| row.ok.or(row.missing).map_or_else(|| "neither ok nor missing".into(), |raw| shown(raw.get()));
+    let mut texts: Vec<String> = rows.iter().map(text).collect();
     texts.sort();
     texts
 }
@@ -172,6 +177,27 @@ fn canonical(text: &str) -> String {
             format!("[{}]", items.iter().map(nested).collect::<Vec<_>>().join(","))
         }
         _ => text.to_string(),
+    }
+}
+
+fn portable(text: &str) -> String {
+    let mut doc: Value = serde_json::from_str(text).expect("JSON");
+    let attachments = doc.get_mut("_attachments").and_then(Value::as_object_mut);
+    for attachment in attachments.into_iter().flat_map(|all| all.values_mut()) {
+        for kept in ["digest", "length", "revpos", "encoding", "encoded_length"] {
+            attachment.as_object_mut().expect("an object").remove(kept);
+        }
+    }
+    canonical(&with_doubles(doc).to_string())
+}
+
+fn with_doubles(value: Value) -> Value {
+    match value {
+        // Of the two zeros JavaScript writes one.
+        Value::Number(number) => json!(number.as_f64().expect("a double") + 0.0),
+        Value::Array(items) => items.into_iter().map(with_doubles).collect(),
+        Value::Object(members) => members.into_iter().map(|(name, value)| (name, with_doubles(value))).collect(),
+        other => other,
     }
 }
 
