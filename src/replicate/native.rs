@@ -22,6 +22,7 @@ pub mod run;
 pub mod sessions;
 pub mod shared;
 pub mod slots;
+pub mod written;
 
 use super::{ReplicateError, Replication, Report};
 use crate::couch::{Couch, CouchError};
@@ -35,10 +36,11 @@ use peer::{Net, Peer, PeerError, SILENCE_MAX, Which};
 use run::{Done, Run};
 use shared::Shared;
 use slots::Slots;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 use tokio::sync::OnceCell;
 use tokio_util::task::AbortOnDropHandle;
+use written::Remembered;
 
 /// Large runs together hold so much of documents, and one document more; small ones so much besides.
 const BUDGET_BYTES: u64 = 16 * 1024 * 1024;
@@ -98,6 +100,7 @@ impl NativeEngine {
             shared: shared.clone(),
             after: settings.checkpoint_after,
             again: Again::default(),
+            remembered: Remembered::default(),
         });
         let (saver, watcher) = (behind.clone(), behind.clone());
         let watched = couch.clone();
@@ -175,6 +178,7 @@ impl NativeEngine {
             source: Peer::new(self.net.clone(), Which::Source, &parameters.source),
             target: Peer::new(self.net.clone(), Which::Target, &parameters.target),
             first_refused: OnceLock::new(),
+            refused: Mutex::default(),
         };
         let filter_code = filter_code(&transfer.source, &parameters.selection).await?;
         let id = replication_id(uuid.await?, &spec.replicator_id, parameters, filter_code.as_deref());

@@ -12,8 +12,8 @@ use crate::replicate::RefusedDocument;
 use bytes::Bytes;
 use futures_util::stream::{Stream, StreamExt, TryStreamExt};
 use serde_json::{Value, json};
-use std::collections::HashMap;
-use std::sync::{Arc, OnceLock};
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// So many revisions are read in one answer that is not streamed, and so long may it be.
 pub const SMALL_GET_REVS: usize = 100;
@@ -94,6 +94,8 @@ pub struct Transfer {
     pub target: Peer,
     /// The first document of this run that the target refused.
     pub first_refused: OnceLock<RefusedDocument>,
+    /// Ids that it refused, of the pages on their way.
+    pub refused: Mutex<HashSet<String>>,
 }
 
 impl Transfer {
@@ -415,6 +417,20 @@ impl Transfer {
     fn say_refused(&self, id: &str, reason: &str) {
         tracing::debug!(target_db = self.target.db_name(), id, reason, "the target refused a document");
         self.first_refused.get_or_init(|| RefusedDocument::new(id, reason));
+        self.refused().insert(String::from(id));
+    }
+
+    fn refused(&self) -> MutexGuard<'_, HashSet<String>> {
+        self.refused.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Those of a page that is through which the target refused.
+    pub fn take_refused(&self, page: &Page) -> HashSet<String> {
+        let mut refused = self.refused();
+        match refused.is_empty() {
+            true => HashSet::new(),
+            false => page.rows.iter().filter_map(|row| refused.take(&row.id)).collect(),
+        }
     }
 }
 

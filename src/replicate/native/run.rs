@@ -11,6 +11,7 @@ use super::elements::ChangesRow;
 use super::parameters::{Parameters, Selection};
 use super::peer::{ChangesRequest, Page, Peer};
 use super::slots::{Anchor, Position, Slot, Unsaved};
+use super::written::Written;
 use crate::couch::Seq;
 use crate::replicate::Progress;
 use futures_util::future::{BoxFuture, Fuse, FusedFuture, FutureExt};
@@ -87,7 +88,7 @@ impl Run<'_> {
         // What is written while we read is the next run's: a source that never rests must not keep this one.
         let mut left = page.pending.map(|pending| pending.saturating_add(page.rows.len() as u64));
         let total = left;
-        let mut working: FuturesOrdered<BoxFuture<'_, Result<(Seq, u64, Counts)>>> = FuturesOrdered::new();
+        let mut working: FuturesOrdered<BoxFuture<'_, Result<(Arc<Page>, Counts)>>> = FuturesOrdered::new();
         let mut reading: Fuse<BoxFuture<'_, Result<Arc<Page>>>> = Fuse::terminated();
         let mut arrived = Some(page);
         let mut started = SystemTime::now();
@@ -112,7 +113,8 @@ impl Run<'_> {
             tokio::select! {
                 page = &mut reading, if !reading.is_terminated() && working.len() < PAGES => arrived = Some(page?),
                 Some(finished) = working.next() => {
-                    let (last_seq, rows, counts) = finished?;
+                    let (page, counts) = finished?;
+                    let (last_seq, rows) = (page.last_seq.clone(), page.rows.len() as u64);
                     done.counts += counts;
                     done.rows += rows;
                     let pending = total.map(|total| total.saturating_sub(done.rows));
@@ -124,8 +126,10 @@ impl Run<'_> {
                     }
                     let unsaved = slot.unsaved.get_or_insert_with(|| self.unsaved(from.clone(), started));
                     unsaved.counts += counts;
+                    let refused = self.transfer.take_refused(&page);
+                    unsaved.written.add(page.rows.iter().filter(|row| !refused.contains(&row.id)));
                     self.behind.slots.mark_unsaved(&self.id, unsaved.since);
-                    if unsaved.since.elapsed() >= self.behind.after
+                    if (unsaved.since.elapsed() >= self.behind.after || self.behind.remembered.is_crowded())
                         && let Some(position) = slot.position.clone()
                     {
                         // In the middle of a long run, which holds its slot all the time.
@@ -148,12 +152,12 @@ impl Run<'_> {
         TransferError::Document { which: "checkpoint", id: self.id.to_string(), reason }
     }
 
-    async fn page(&self, page: Arc<Page>, is_news: bool) -> Result<(Seq, u64, Counts)> {
+    async fn page(&self, page: Arc<Page>, is_news: bool) -> Result<(Arc<Page>, Counts)> {
         let counts = match page.rows.is_empty() {
             true => Counts::default(),
             false => self.transfer.page(&page, is_news).await?,
         };
-        Ok((page.last_seq.clone(), page.rows.len() as u64, counts))
+        Ok((page, counts))
     }
 
     async fn begin(&self, slot: &mut Slot) -> Result<Begin> {
@@ -252,7 +256,9 @@ impl Run<'_> {
             (None, Some(session_id)) if alone.is_some() => Anchor { session_id, is_target_only: true },
             _ => {
                 let begun = self.unsaved(since.clone(), SystemTime::now());
-                self.behind.write(&self.id, &begun, &since, at_source.as_ref(), at_target.as_ref(), source_refuses).await?
+                let written =
+                    self.behind.write(&self.id, &begun, &since, at_source.as_ref(), at_target.as_ref(), source_refuses).await?;
+                written.ok_or_else(|| self.moved())?
             }
         };
         let (source_seen, epoch) = (Instant::now(), self.behind.slots.epoch());
@@ -269,6 +275,7 @@ impl Run<'_> {
             target: self.transfer.target.clone(),
             start,
             counts: Counts::default(),
+            written: Written::new(&self.behind.remembered),
             started,
             since: Instant::now(),
         }

@@ -6,6 +6,7 @@
 use super::checkpoint::Checkpoint;
 use super::documents::Counts;
 use super::peer::Peer;
+use super::written::Written;
 use crate::couch::Seq;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -56,6 +57,7 @@ pub struct Unsaved {
     pub target: Peer,
     pub start: Seq,
     pub counts: Counts,
+    pub written: Written,
     pub started: SystemTime,
     pub since: Instant,
 }

@@ -55,6 +55,7 @@ impl Stage {
             source: Peer::new(net.clone(), Which::Source, &parameters.source),
             target: Peer::new(net, Which::Target, &parameters.target),
             first_refused: OnceLock::new(),
+            refused: Mutex::default(),
         };
         Self { server, transfer }
     }
