@@ -22,6 +22,7 @@ pub mod run;
 pub mod sessions;
 pub mod shared;
 pub mod slots;
+pub mod standing;
 pub mod written;
 
 use super::{ReplicateError, Replication, Report};
@@ -30,7 +31,7 @@ use crate::job::Verdict;
 use behind::{Again, Behind};
 use budget::Budget;
 use checkpoint::replication_id;
-use documents::{Counts, Transfer, TransferError};
+use documents::{Transfer, TransferError};
 use parameters::{Local, Parameters, Selection};
 use peer::{Net, Peer, PeerError, SILENCE_MAX, Which};
 use run::{Done, Run};
@@ -218,14 +219,8 @@ async fn filter_code(source: &Peer, selection: &Selection) -> Result<Option<Stri
 }
 
 fn report(done: &Done, transfer: &Transfer) -> Report {
-    let Counts { missing_checked, missing_found, docs_read, docs_written, doc_write_failures, bytes_read } = done.counts;
     Report {
-        missing_checked,
-        missing_found,
-        docs_read,
-        docs_written,
-        doc_write_failures,
-        bytes_read,
+        counts: done.counts,
         requests: transfer.source.requests() + transfer.target.requests(),
         no_changes: done.rows == 0,
         first_refused: transfer.first_refused.get().cloned(),

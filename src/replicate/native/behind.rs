@@ -137,11 +137,7 @@ impl Behind {
     ) -> Result<Option<Anchor>> {
         let session_id: Arc<str> = format!("{:032x}", fastrand::u128(..)).into();
         let mut entry = Entry::new(session_id.clone(), unsaved.started, SystemTime::now(), unsaved.start.clone(), seq.clone());
-        entry.missing_checked = unsaved.counts.missing_checked;
-        entry.missing_found = unsaved.counts.missing_found;
-        entry.docs_read = unsaved.counts.docs_read;
-        entry.docs_written = unsaved.counts.docs_written;
-        entry.doc_write_failures = unsaved.counts.doc_write_failures;
+        entry.count(&unsaved.counts);
         let rev_of = |checkpoint: Option<&Checkpoint>| checkpoint.and_then(|checkpoint| checkpoint.rev.clone());
         let mut target_rev = rev_of(at_target);
         if !source_refuses {

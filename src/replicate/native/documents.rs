@@ -5,10 +5,10 @@
 
 use super::attachments::{Carry, INLINE_BYTES_MAX, Moved, carry, shown};
 use super::budget::{Budget, Grown, Reservation};
-use super::elements::{BulkGetElement, BulkGetError, ChangesRow, Shallow, Splitter};
-use super::peer::{Page, Peer, PeerError, Refused};
+use super::elements::{BulkGetElement, BulkGetError, Shallow, Splitter};
+use super::peer::{ChangesRow, Page, Peer, PeerError, Refused};
 use super::shared::{Document, Shared, pairs};
-use crate::replicate::RefusedDocument;
+use crate::replicate::{Counts, RefusedDocument};
 use bytes::Bytes;
 use futures_util::stream::{Stream, StreamExt, TryStreamExt};
 use serde_json::{Value, json};
@@ -35,28 +35,6 @@ const INLINE_ANSWER_BYTES_MAX: usize = 4 * 1024 * 1024;
 const PIPES: usize = 2;
 /// Revisions for one `_revs_diff`.
 const DIFF_REVS: usize = 1_000;
-
-/// What was done, in the words of the replication protocol.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Counts {
-    pub missing_checked: u64,
-    pub missing_found: u64,
-    pub docs_read: u64,
-    pub docs_written: u64,
-    pub doc_write_failures: u64,
-    pub bytes_read: u64,
-}
-
-impl std::ops::AddAssign for Counts {
-    fn add_assign(&mut self, other: Self) {
-        self.missing_checked += other.missing_checked;
-        self.missing_found += other.missing_found;
-        self.docs_read += other.docs_read;
-        self.docs_written += other.docs_written;
-        self.doc_write_failures += other.doc_write_failures;
-        self.bytes_read += other.bytes_read;
-    }
-}
 
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum TransferError {

@@ -6,14 +6,14 @@
 
 use super::behind::{Behind, Checked};
 use super::checkpoint::{Checkpoint, common_ancestor};
-use super::documents::{Counts, Transfer, TransferError};
-use super::elements::ChangesRow;
+use super::documents::{Transfer, TransferError};
 use super::parameters::{Parameters, Selection};
-use super::peer::{ChangesRequest, Page, Peer};
+use super::peer::{ChangesRequest, ChangesRow, Page, Peer};
 use super::slots::{Anchor, Position, Slot, Unsaved};
+use super::standing::{AtSource, News, stands};
 use super::written::Written;
 use crate::couch::Seq;
-use crate::replicate::Progress;
+use crate::replicate::{Counts, Progress};
 use futures_util::future::{BoxFuture, Fuse, FusedFuture, FutureExt};
 use futures_util::stream::{FuturesOrdered, StreamExt};
 use serde_json::json;
@@ -173,58 +173,52 @@ impl Run<'_> {
         let known = slot.position.clone().filter(|position| position.epoch == self.behind.slots.epoch());
         let ahead = async {
             match &known {
-                Some(position) => self.read_news(position).await.map(Some),
-                None => Ok(None),
+                Some(position) => Some(self.read_news(position).await),
+                None => None,
             }
         };
         let skips_source = known.as_ref().is_some_and(is_source_trusted);
         let at_source = async {
             match skips_source {
-                true => Ok(None),
-                false => self.behind.read_checkpoint(source, &self.id).await,
+                true => None,
+                false => Some(self.behind.read_checkpoint(source, &self.id).await),
             }
         };
         let (at_source, at_target, page) = tokio::join!(at_source, self.behind.read_checkpoint(target, &self.id), ahead);
-        let (at_target, is_new_target) = match at_target {
+        let at_target = match at_target {
             Err(error) if error.is_missing_database() && self.parameters.create_target => {
                 target.create(&self.parameters.create_target_params).await?;
-                (None, true)
+                None
             }
-            other => (other?, false),
+            other => other?,
         };
-        // A source that has fewer updates than it had was put back from an older copy, perhaps since the last checkpoint. On a
-        // cluster the numbers differ by node, and then a comparison is made for nothing.
-        let went_back = matches!((&known, &page), (Some(known), Ok(Some(page))) if page.last_seq.number() < known.since.number());
-        // Somebody says that there is news, and the source that there is none: it, too, may have gone back.
-        let has_news = matches!(&page, Ok(Some(page)) if !page.rows.is_empty()) && !went_back;
-        let holds_at_target = known.as_ref().is_some_and(|position| position.anchor.holds_at_target(at_target.as_ref()));
-        let is_source_left_out = skips_source && has_news && holds_at_target && !is_new_target;
-        let at_source = match skips_source && !is_source_left_out {
-            true => self.behind.read_checkpoint(source, &self.id).await,
-            false => at_source,
+        let known = known.zip(page);
+        let stands = |at_source: AtSource<'_>| {
+            let stands = |(position, page): &(Position, Result<Arc<Page>>)| {
+                stands(position, news_of(&position.since, page), at_source, at_target.as_ref())
+            };
+            known.as_ref().is_some_and(stands)
+        };
+        let is_source_left_out = skips_source && stands(AtSource::NotAsked);
+        let at_source = match at_source {
+            Some(at_source) => at_source,
+            None if is_source_left_out => Ok(None),
+            None => self.behind.read_checkpoint(source, &self.id).await,
         };
         let (at_source, source_refuses) = match at_source {
             // A source that lets us read and not look at its local documents takes no checkpoint either.
             Err(error) if error.is_refusal() => (None, true),
             other => (other?, false),
         };
-        if let Some(Position { since, anchor, source_seen, .. }) = known
-            && holds_at_target
-            && !is_new_target
-            && !went_back
-            && (is_source_left_out || anchor.holds_at_source(at_source.as_ref()))
+        let stands = is_source_left_out || stands(AtSource::Says(at_source.as_ref()));
+        if let Some((Position { since, anchor, source_seen, .. }, page)) = known
+            && stands
         {
             let source_seen = match is_source_left_out {
                 true => source_seen,
                 false => Instant::now(),
             };
-            match page {
-                Ok(Some(page)) => return Ok(Begin { page, since, anchor: Some(anchor), source_seen, is_known: true }),
-                // The source does not know the position any more: the checkpoints may have one that it does.
-                Err(TransferError::Peer(error)) if error.error.is_unknown_seq() => {}
-                Err(error) => return Err(error),
-                Ok(None) => {}
-            }
+            return Ok(Begin { page: page?, since, anchor: Some(anchor), source_seen, is_known: true });
         }
         self.behind.forget(&self.id, slot);
         self.compare(at_source, at_target, source_refuses, slot).await
@@ -346,6 +340,14 @@ impl Run<'_> {
 /// has nothing new is looked at in any case. A source that counts (PouchDB) may be another one with the same numbers.
 fn is_source_trusted(position: &Position) -> bool {
     position.source_seen.elapsed() < SOURCE_TRUSTED_FOR && matches!(position.since, Seq::Text(_))
+}
+
+fn news_of(since: &Seq, page: &Result<Arc<Page>>) -> News {
+    match page {
+        Ok(page) => News::of_page(since, &page.last_seq, page.rows.is_empty()),
+        Err(TransferError::Peer(error)) if error.error.is_unknown_seq() => News::UnknownSeq,
+        Err(_) => News::Failed,
+    }
 }
 
 fn is_first(row: &ChangesRow) -> bool {

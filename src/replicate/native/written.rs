@@ -4,7 +4,7 @@
 //! list tell as much as all of them, as long as they are more than what was on its way at one time; of a database of many
 //! shards, whose copies are of several moments, each has its share among them.
 
-use super::elements::ChangesRow;
+use super::peer::ChangesRow;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -72,7 +72,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn row(id: usize, revs: usize) -> ChangesRow {
-        ChangesRow { id: id.to_string(), revs: (0..revs).map(|rev| format!("1-{rev}")).collect(), deleted: false }
+        ChangesRow { id: id.to_string(), revs: (0..revs).map(|rev| format!("1-{rev}")).collect() }
     }
 
     proptest! {
