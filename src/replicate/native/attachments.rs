@@ -21,8 +21,8 @@ use tokio_util::sync::CancellationToken;
 /// What became of the revision.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Moved {
-    /// `bytes` is what the source sent.
-    Written { bytes: u64 },
+    /// `bytes` is what the source sent. Unconfirmed is a 202: fewer nodes than a quorum have it.
+    Written { bytes: u64, is_confirmed: bool },
     /// The target does not want this document, now and later.
     Refused { reason: String },
     /// The target lacks an attachment that the source left out: again, with an empty `atts_since`.
@@ -366,7 +366,9 @@ async fn beginning(mut response: Response) -> Vec<u8> {
 
 fn of_target(answer: Answer, bytes: u64) -> Result<Moved, MoveError> {
     let of_document = match answer.status {
-        status if status.is_success() => return Ok(Moved::Written { bytes }),
+        status if status.is_success() => {
+            return Ok(Moved::Written { bytes, is_confirmed: status != StatusCode::ACCEPTED });
+        }
         StatusCode::PRECONDITION_FAILED if answer.error == "missing_stub" => return Ok(Moved::MissingStub),
         StatusCode::PAYLOAD_TOO_LARGE => true,
         // A proxy's words are not about the document.

@@ -310,7 +310,12 @@ impl Transfer {
 
     async fn piped(&self, doc: &Attached, since: &[String]) -> Result<Counts> {
         match self.source.move_document(&self.target, &doc.id, &doc.rev, since).await? {
-            Moved::Written { bytes } => Ok(Counts { docs_read: 1, docs_written: 1, bytes_read: bytes, ..Counts::default() }),
+            Moved::Written { bytes, is_confirmed } => {
+                if !is_confirmed {
+                    self.confirm(vec![(doc.id.clone(), vec![doc.rev.clone()])]).await?;
+                }
+                Ok(Counts { docs_read: 1, docs_written: 1, bytes_read: bytes, ..Counts::default() })
+            }
             Moved::Refused { reason } => {
                 // Whether it refuses the document or us, its words do not always tell: then it will not answer this either.
                 self.lacking(vec![(doc.id.clone(), vec![doc.rev.clone()])]).await?;
@@ -356,7 +361,9 @@ impl Transfer {
                         }
                     }
                     if !written.is_confirmed {
-                        self.confirm(&batch, &written.refused).await?;
+                        let is_refused = |doc: &&Document| written.refused.iter().any(|refused| *refused.id == *doc.id);
+                        let kept = batch.iter().filter(|doc| !is_refused(doc));
+                        self.confirm(kept.map(|doc| (doc.id.to_string(), vec![doc.rev.to_string()])).collect()).await?;
                     }
                     let refused = written.refused.len().min(batch.len());
                     counts.docs_written += (batch.len() - refused) as u64;
@@ -380,9 +387,7 @@ impl Transfer {
     }
 
     /// A 202 says that too few nodes have it: what a reading quorum does not know is to be written again.
-    async fn confirm(&self, batch: &[Document], refused: &[Refused]) -> Result<()> {
-        let kept = batch.iter().filter(|doc| !refused.iter().any(|refused| *refused.id == *doc.id));
-        let revs: Revs = kept.map(|doc| (doc.id.to_string(), vec![doc.rev.to_string()])).collect();
+    async fn confirm(&self, revs: Revs) -> Result<()> {
         match self.lacking(revs).await?.revs.first() {
             None => Ok(()),
             Some((id, _)) => {

@@ -114,6 +114,7 @@ impl Run<'_> {
                 page = &mut reading, if !reading.is_terminated() && working.len() < PAGES => arrived = Some(page?),
                 Some(finished) = working.next() => {
                     let (page, counts) = finished?;
+                    let refused = self.transfer.take_refused(&page);
                     let (last_seq, rows) = (page.last_seq.clone(), page.rows.len() as u64);
                     done.counts += counts;
                     done.rows += rows;
@@ -126,7 +127,6 @@ impl Run<'_> {
                     }
                     let unsaved = slot.unsaved.get_or_insert_with(|| self.unsaved(from.clone(), started));
                     unsaved.counts += counts;
-                    let refused = self.transfer.take_refused(&page);
                     unsaved.written.add(page.rows.iter().filter(|row| !refused.contains(&row.id)));
                     self.behind.slots.mark_unsaved(&self.id, unsaved.since);
                     if (unsaved.since.elapsed() >= self.behind.after || self.behind.remembered.is_crowded())
