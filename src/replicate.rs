@@ -99,9 +99,9 @@ impl Spec for Replication {
     }
 }
 
-/// What a run did, as far as its engine tells.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Report {
+/// In the words of the replication protocol.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counts {
     /// Revisions that the source named.
     pub missing_checked: u64,
     /// Those of them that the target lacked.
@@ -112,6 +112,23 @@ pub struct Report {
     pub doc_write_failures: u64,
     /// Of documents and their attachments, without what carries them.
     pub bytes_read: u64,
+}
+
+impl std::ops::AddAssign for Counts {
+    fn add_assign(&mut self, other: Self) {
+        self.missing_checked += other.missing_checked;
+        self.missing_found += other.missing_found;
+        self.docs_read += other.docs_read;
+        self.docs_written += other.docs_written;
+        self.doc_write_failures += other.doc_write_failures;
+        self.bytes_read += other.bytes_read;
+    }
+}
+
+/// What a run did, as far as its engine tells.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Report {
+    pub counts: Counts,
     /// Sent by this run, to both sides. What several runs ask together counts for the one that carried it.
     pub requests: u64,
     pub no_changes: bool,
@@ -140,12 +157,7 @@ impl RefusedDocument {
 /// The parts of one run, between which it gave way to others.
 impl std::ops::AddAssign for Report {
     fn add_assign(&mut self, next: Self) {
-        self.missing_checked += next.missing_checked;
-        self.missing_found += next.missing_found;
-        self.docs_read += next.docs_read;
-        self.docs_written += next.docs_written;
-        self.doc_write_failures += next.doc_write_failures;
-        self.bytes_read += next.bytes_read;
+        self.counts += next.counts;
         self.requests += next.requests;
         self.no_changes &= next.no_changes;
         self.is_unfinished = next.is_unfinished;
@@ -253,7 +265,7 @@ impl Perform for Replicator {
             metrics.replications.get_or_create(&OutcomeLabels { outcome }).inc();
             // What a run that failed had brought over by then is there all the same.
             let part = result.as_ref().cloned().unwrap_or_else(|_| spec.progress.seen().part);
-            count(&metrics, &part);
+            count(&metrics, &part.counts);
             say(&spec, &part, outcome, duration);
             spec.progress.end(&part, duration);
             if part.is_unfinished && result.is_ok() {
@@ -274,18 +286,18 @@ impl Perform for Replicator {
     }
 }
 
-fn count(metrics: &Metrics, report: &Report) {
-    metrics.replication_missing_checked.inc_by(report.missing_checked);
-    metrics.replication_missing_found.inc_by(report.missing_found);
-    metrics.replication_docs_read.inc_by(report.docs_read);
-    metrics.replication_docs_written.inc_by(report.docs_written);
-    metrics.replication_doc_write_failures.inc_by(report.doc_write_failures);
-    metrics.replication_bytes_read.inc_by(report.bytes_read);
+fn count(metrics: &Metrics, counts: &Counts) {
+    metrics.replication_missing_checked.inc_by(counts.missing_checked);
+    metrics.replication_missing_found.inc_by(counts.missing_found);
+    metrics.replication_docs_read.inc_by(counts.docs_read);
+    metrics.replication_docs_written.inc_by(counts.docs_written);
+    metrics.replication_doc_write_failures.inc_by(counts.doc_write_failures);
+    metrics.replication_bytes_read.inc_by(counts.bytes_read);
 }
 
 fn say(spec: &Replication, report: &Report, outcome: &str, duration: Duration) {
     let Replication { replicator_id, source, target, .. } = spec;
-    let Report { missing_checked, missing_found, docs_read, docs_written, doc_write_failures, bytes_read, requests, .. } = report;
+    let Counts { missing_checked, missing_found, docs_read, docs_written, doc_write_failures, bytes_read } = report.counts;
     tracing::debug!(
         %replicator_id,
         source,
@@ -297,7 +309,7 @@ fn say(spec: &Replication, report: &Report, outcome: &str, duration: Duration) {
         docs_written,
         doc_write_failures,
         bytes_read,
-        requests,
+        requests = report.requests,
         duration_ms = duration.as_millis(),
         "replicated"
     );
@@ -305,7 +317,7 @@ fn say(spec: &Replication, report: &Report, outcome: &str, duration: Duration) {
 
 /// Somebody should know: no later run tries them again.
 fn say_refused(spec: &Replication, report: &Report) {
-    let Report { doc_write_failures, first_refused, .. } = report;
+    let Report { counts: Counts { doc_write_failures, .. }, first_refused, .. } = report;
     if *doc_write_failures == 0 {
         return;
     }
@@ -320,7 +332,7 @@ fn outcome_of(report: &Report) -> &'static str {
     match report {
         Report { is_unfinished: true, .. } => "unfinished",
         Report { no_changes: true, .. } => "no_changes",
-        Report { doc_write_failures: 1.., .. } => "done_with_refused_documents",
+        Report { counts: Counts { doc_write_failures: 1.., .. }, .. } => "done_with_refused_documents",
         Report { .. } => "done",
     }
 }
@@ -347,6 +359,10 @@ mod tests {
             progress: Arc::default(),
             priority: 0,
         }
+    }
+
+    fn did(counts: Counts) -> Report {
+        Report { counts, ..Report::default() }
     }
 
     /// Takes a second for a run, and answers what it was told; then that there was nothing to do.
@@ -428,9 +444,14 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn refused_documents_are_no_failed_run() {
-        let (pool, metrics) =
-            pool(vec![Ok(Report { docs_read: 2, docs_written: 1, doc_write_failures: 1, bytes_read: 7, ..Report::default() })])
-                .await;
+        let (pool, metrics) = pool(vec![Ok(did(Counts {
+            docs_read: 2,
+            docs_written: 1,
+            doc_write_failures: 1,
+            bytes_read: 7,
+            ..Counts::default()
+        }))])
+        .await;
         assert_eq!(submit(&pool, "a").await, Ok(Outcome::Done));
         let outcome = "done_with_refused_documents";
         assert_eq!(metrics.replications.get_or_create(&OutcomeLabels { outcome }).get(), 1);
@@ -445,7 +466,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_run_can_be_looked_at() {
-        let answers = vec![Ok(Report { docs_written: 3, ..Report::default() })];
+        let answers = vec![Ok(did(Counts { docs_written: 3, ..Counts::default() }))];
         let spec = Arc::new(replication("a"));
         let replicator = Replicator::new(Arc::new(Told(Mutex::new(answers))), Metrics::new());
         assert_eq!(spec.progress.seen().started_at, None, "it waits for its turn");
@@ -453,18 +474,19 @@ mod tests {
         assert!(spec.progress.seen().started_at.is_some() && spec.progress.seen().duration.is_none());
         assert_eq!(run.await, Ok(Step::Done));
         let seen = spec.progress.seen();
-        assert_eq!((seen.report().docs_written, seen.duration), (3, Some(Duration::from_secs(1))));
+        assert_eq!((seen.report().counts.docs_written, seen.duration), (3, Some(Duration::from_secs(1))));
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_run_that_gave_way_is_one_run() {
-        let part = |docs_written, is_unfinished| Ok(Report { docs_written, is_unfinished, ..Report::default() });
+        let part =
+            |docs_written, is_unfinished| Ok(Report { is_unfinished, ..did(Counts { docs_written, ..Counts::default() }) });
         let (spec, answers) = (Arc::new(replication("a")), vec![part(4, false), part(3, true), part(1, false)]);
         let replicator = Replicator::new(Arc::new(Told(Mutex::new(answers))), Metrics::new());
         for (step, docs_written, seconds) in [(Step::Done, 1, 1), (Step::Unfinished, 3, 1), (Step::Done, 7, 2)] {
             assert_eq!(replicator.perform(spec.clone()).await, Ok(step));
             let seen = spec.progress.seen();
-            assert_eq!((seen.report().docs_written, seen.duration), (docs_written, Some(Duration::from_secs(seconds))));
+            assert_eq!((seen.report().counts.docs_written, seen.duration), (docs_written, Some(Duration::from_secs(seconds))));
         }
         assert_eq!(replicator.metrics.replication_docs_written.get(), 8);
     }

@@ -3,8 +3,8 @@
 //! CouchDB answers when the run is over, so the answer may take long and may get lost. A run therefore ends at a timeout, and
 //! when CouchDB is known to be down; asking again joins or repeats the same job, which is harmless.
 
-use super::{Engine, ReplicateError, Replication, Report};
-use crate::couch::replicate::ReplicateAnswer;
+use super::{Counts, Engine, ReplicateError, Replication, Report};
+use crate::couch::replicate::{ReplicateAnswer, ReplicationHistory};
 use crate::couch::{Couch, CouchError};
 use crate::job::Verdict;
 use crate::vault::split_credentials;
@@ -116,14 +116,12 @@ async fn is_going_down(couch: &Couch, error: &CouchError) -> bool {
 /// A run without changes repeats the history of the one before; its numbers are not this run's.
 fn report(answer: &ReplicateAnswer) -> Report {
     match answer.history.first() {
-        Some(run) if !answer.no_changes => Report {
-            missing_checked: run.missing_checked,
-            missing_found: run.missing_found,
-            docs_read: run.docs_read,
-            docs_written: run.docs_written,
-            doc_write_failures: run.doc_write_failures,
-            ..Report::default()
-        },
+        Some(run) if !answer.no_changes => {
+            let ReplicationHistory { missing_checked, missing_found, docs_read, docs_written, doc_write_failures } = *run;
+            let counts =
+                Counts { missing_checked, missing_found, docs_read, docs_written, doc_write_failures, ..Counts::default() };
+            Report { counts, ..Report::default() }
+        }
         _ => Report { no_changes: answer.no_changes, ..Report::default() },
     }
 }
@@ -168,7 +166,6 @@ mod tests {
     use super::*;
     use crate::couch::CouchSettings;
     use crate::couch::health::State;
-    use crate::couch::replicate::ReplicationHistory;
     use crate::telemetry::Metrics;
     use axum::http::StatusCode;
     use axum::routing::post;
@@ -282,7 +279,7 @@ mod tests {
             (answer(true, vec![]), (0, 0, 0, true)),
             (answer(false, vec![]), (0, 0, 0, false)),
         ] {
-            let Report { docs_read, docs_written, doc_write_failures, no_changes, .. } = report(&answer);
+            let Report { counts: Counts { docs_read, docs_written, doc_write_failures, .. }, no_changes, .. } = report(&answer);
             assert_eq!((docs_read, docs_written, doc_write_failures, no_changes), expected);
         }
     }
@@ -293,9 +290,9 @@ mod tests {
             json!([{ "docs_read": 5, "docs_written": 4, "doc_write_failures": 1, "missing_checked": 6, "missing_found": 5 }]);
         let report = run_against(200, json!({ "ok": true, "session_id": "s", "history": history })).await;
         let (missing_checked, missing_found) = (6, 5);
-        let expected =
-            Report { missing_checked, missing_found, docs_read: 5, docs_written: 4, doc_write_failures: 1, ..Report::default() };
-        assert_eq!(report, Ok(expected));
+        let counts =
+            Counts { missing_checked, missing_found, docs_read: 5, docs_written: 4, doc_write_failures: 1, ..Counts::default() };
+        assert_eq!(report, Ok(Report { counts, ..Report::default() }));
     }
 
     async fn couch_that_never_answers() -> Couch {

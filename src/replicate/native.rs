@@ -22,6 +22,8 @@ pub mod run;
 pub mod sessions;
 pub mod shared;
 pub mod slots;
+pub mod standing;
+pub mod written;
 
 use super::{ReplicateError, Replication, Report};
 use crate::couch::{Couch, CouchError};
@@ -29,16 +31,17 @@ use crate::job::Verdict;
 use behind::{Again, Behind};
 use budget::Budget;
 use checkpoint::replication_id;
-use documents::{Counts, Transfer, TransferError};
+use documents::{Transfer, TransferError};
 use parameters::{Local, Parameters, Selection};
 use peer::{Net, Peer, PeerError, SILENCE_MAX, Which};
 use run::{Done, Run};
 use shared::Shared;
 use slots::Slots;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 use tokio::sync::OnceCell;
 use tokio_util::task::AbortOnDropHandle;
+use written::Remembered;
 
 /// Large runs together hold so much of documents, and one document more; small ones so much besides.
 const BUDGET_BYTES: u64 = 16 * 1024 * 1024;
@@ -98,6 +101,7 @@ impl NativeEngine {
             shared: shared.clone(),
             after: settings.checkpoint_after,
             again: Again::default(),
+            remembered: Remembered::default(),
         });
         let (saver, watcher) = (behind.clone(), behind.clone());
         let watched = couch.clone();
@@ -175,6 +179,7 @@ impl NativeEngine {
             source: Peer::new(self.net.clone(), Which::Source, &parameters.source),
             target: Peer::new(self.net.clone(), Which::Target, &parameters.target),
             first_refused: OnceLock::new(),
+            refused: Mutex::default(),
         };
         let filter_code = filter_code(&transfer.source, &parameters.selection).await?;
         let id = replication_id(uuid.await?, &spec.replicator_id, parameters, filter_code.as_deref());
@@ -214,14 +219,8 @@ async fn filter_code(source: &Peer, selection: &Selection) -> Result<Option<Stri
 }
 
 fn report(done: &Done, transfer: &Transfer) -> Report {
-    let Counts { missing_checked, missing_found, docs_read, docs_written, doc_write_failures, bytes_read } = done.counts;
     Report {
-        missing_checked,
-        missing_found,
-        docs_read,
-        docs_written,
-        doc_write_failures,
-        bytes_read,
+        counts: done.counts,
         requests: transfer.source.requests() + transfer.target.requests(),
         no_changes: done.rows == 0,
         first_refused: transfer.first_refused.get().cloned(),

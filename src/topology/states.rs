@@ -509,7 +509,7 @@ fn generation(rev: &str) -> u64 {
 mod tests {
     use super::*;
     use crate::job::Completion;
-    use crate::replicate::Report;
+    use crate::replicate::{self, Report};
     use proptest::prelude::*;
     use serde_json::json;
 
@@ -744,6 +744,10 @@ mod tests {
         status.docs[0].clone()
     }
 
+    fn did(docs_written: u64) -> Report {
+        Report { counts: replicate::Counts { docs_written, ..Default::default() }, ..Report::default() }
+    }
+
     #[test]
     fn a_replicator_tells_what_it_is_doing() {
         let now = SystemTime::now();
@@ -754,7 +758,7 @@ mod tests {
         states.asked_for(&id(), progress.clone());
         assert_eq!(only(&states).state, RunState::Initializing, "it waits for its turn");
         progress.start(now);
-        progress.so_far(Report { docs_written: 3, ..Report::default() }, Some(4), Some(5));
+        progress.so_far(did(3), Some(4), Some(5));
         let running = only(&states);
         assert_eq!((running.state, running.changes_pending, running.through_seq), (RunState::Running, Some(4), Some(5)));
         let actions =
@@ -769,7 +773,7 @@ mod tests {
         let progress = Arc::new(Progress::default());
         states.asked_for(&id(), progress.clone());
         progress.start(now);
-        progress.end(&Report { docs_written: 7, ..Report::default() }, BACKOFF);
+        progress.end(&did(7), BACKOFF);
         states.run_ended(now, &id(), Ok(()), |_| BACKOFF);
         let completed = only(&states);
         assert_eq!((completed.state, completed.error_count, completed.error), (RunState::Completed, 0, None));

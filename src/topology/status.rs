@@ -2,7 +2,7 @@
 
 use crate::config::EngineChoice;
 use crate::job::timestamp;
-use crate::replicate::Report;
+use crate::replicate;
 use crate::replicate::progress::Seen;
 use crate::topology::states::Id;
 use serde_json::{Map, Value, json};
@@ -61,40 +61,24 @@ pub struct LastRun {
     /// None while it runs.
     pub duration: Option<Duration>,
     pub engine: Option<EngineChoice>,
-    revisions_checked: u64,
-    missing_revisions_found: u64,
-    docs_read: u64,
-    docs_written: u64,
-    doc_write_failures: u64,
-    bytes_read: u64,
+    counts: replicate::Counts,
 }
 
 impl LastRun {
     /// None where it never had its turn.
     pub fn of(seen: &Seen) -> Option<Self> {
-        let Report { missing_checked, missing_found, docs_read, docs_written, doc_write_failures, bytes_read, .. } =
-            seen.report();
-        Some(Self {
-            started_at: seen.started_at?,
-            duration: seen.duration,
-            engine: seen.engine,
-            revisions_checked: missing_checked,
-            missing_revisions_found: missing_found,
-            docs_read,
-            docs_written,
-            doc_write_failures,
-            bytes_read,
-        })
+        let counts = seen.report().counts;
+        Some(Self { started_at: seen.started_at?, duration: seen.duration, engine: seen.engine, counts })
     }
 
     fn info(&self) -> Map<String, Value> {
         let counts = [
-            ("revisions_checked", self.revisions_checked),
-            ("missing_revisions_found", self.missing_revisions_found),
-            ("docs_read", self.docs_read),
-            ("docs_written", self.docs_written),
-            ("doc_write_failures", self.doc_write_failures),
-            ("bytes_read", self.bytes_read),
+            ("revisions_checked", self.counts.missing_checked),
+            ("missing_revisions_found", self.counts.missing_found),
+            ("docs_read", self.counts.docs_read),
+            ("docs_written", self.counts.docs_written),
+            ("doc_write_failures", self.counts.doc_write_failures),
+            ("bytes_read", self.counts.bytes_read),
         ];
         counts.into_iter().map(|(name, count)| (name.to_string(), Value::from(count))).collect()
     }
@@ -175,7 +159,8 @@ mod tests {
 
     #[test]
     fn a_doc_reads_as_in_scheduler_docs() {
-        let report = Report { docs_read: 2, docs_written: 1, doc_write_failures: 1, ..Report::default() };
+        let counts = replicate::Counts { docs_read: 2, docs_written: 1, doc_write_failures: 1, ..Default::default() };
+        let report = replicate::Report { counts, ..Default::default() };
         let started_at = Some(SystemTime::UNIX_EPOCH);
         let engine = Some(EngineChoice::Native);
         let seen = Seen { started_at, engine, part: report, duration: Some(Duration::from_millis(7)), ..Seen::default() };

@@ -3,15 +3,17 @@
 //! The first target is filled by `_replicate`, the second by Spiegel with the native engine, through whatever goes wrong
 //! meanwhile. SPIEGEL_TEST_SEED repeats a source, SPIEGEL_TEST_DOCS makes it larger.
 
+mod beside_pouchdb;
 mod compare;
 mod filters;
+
 mod restored;
 mod source;
 mod users;
 
 use crate::support::couch::encode;
 use crate::support::server::environment;
-use crate::support::{Kind, Lab, Proxy, eventually, tests_on};
+use crate::support::{Couch, Kind, Lab, Proxy, eventually, tests_on};
 use compare::{LeafSets, Place, assert_same, leaf_sets};
 use fastrand::Rng;
 use reqwest::{Method, StatusCode};
@@ -55,9 +57,7 @@ impl Pair {
     }
 
     pub async fn named(lab: Arc<Lab>, [source, theirs, ours]: [&str; 3]) -> Self {
-        let seed = environment("SPIEGEL_TEST_SEED").map_or_else(|| fastrand::u64(..), |text| text.parse().expect("a number"));
-        println!("repeat with SPIEGEL_TEST_SEED={seed}");
-        let mut random = Rng::with_seed(seed);
+        let (mut random, seed) = seeded();
         lab.install().await;
         let source = lab.create(source).await;
         let source = Source::new(&lab.couch, &source, random.fork());
@@ -95,9 +95,15 @@ impl Pair {
         self.caught_up(when).await;
         self.reference(json!({})).await;
         let when = format!("{when} (seed {})", self.seed);
-        assert_same(self.place(&self.source.db), self.place(&self.theirs), &format!("{when}, by CouchDB")).await;
-        assert_same(self.place(&self.theirs), self.place(&self.ours), &when).await;
+        assert_same(self.place(&self.source.db), &[self.place(&self.theirs), self.place(&self.ours)], &when).await;
     }
+}
+
+/// What a random test does, to be done again.
+pub fn seeded() -> (Rng, u64) {
+    let seed = environment("SPIEGEL_TEST_SEED").map_or_else(|| fastrand::u64(..), |text| text.parse().expect("a number"));
+    println!("repeat with SPIEGEL_TEST_SEED={seed}");
+    (Rng::with_seed(seed), seed)
 }
 
 /// With the engine under test.
@@ -111,15 +117,19 @@ pub async fn replicator(lab: &Lab, id: &str, source: &str, target: &str, more: V
 /// One run of the server's own replicator.
 pub async fn reference(lab: &Lab, source: &str, target: &str, more: Value) -> Value {
     let url = |db: &str| format!("{}/{}", lab.couch.url(), encode(db));
-    let mut asked = json!({ "source": url(source), "target": url(target) });
+    reference_by(&lab.couch, &url(source), &url(target), more).await
+}
+
+pub async fn reference_by(couch: &Couch, source: &str, target: &str, more: Value) -> Value {
+    let mut asked = json!({ "source": source, "target": target });
     asked.as_object_mut().expect("an object").extend(more.as_object().cloned().unwrap_or_default());
-    let (mut status, mut answer) = lab.couch.ask(Method::POST, "_replicate", Some(asked.clone())).await;
+    let (mut status, mut answer) = couch.ask(Method::POST, "_replicate", Some(asked.clone())).await;
     // Where the tests press it, CouchDB loses its connections to itself.
     for _ in 0..5 {
         if !answer.to_string().contains("conn_closed") {
             break;
         }
-        (status, answer) = lab.couch.ask(Method::POST, "_replicate", Some(asked.clone())).await;
+        (status, answer) = couch.ask(Method::POST, "_replicate", Some(asked.clone())).await;
     }
     assert!(status.is_success() && answer["ok"] == true, "_replicate {source} {target}: {status} {answer}");
     answer
@@ -193,7 +203,7 @@ async fn the_comparison_sees_what_differs(lab: Arc<Lab>) {
         fill(&second, body).await;
         let (couch, first) = (lab.couch.clone(), first.clone());
         let compared = tokio::spawn(async move {
-            assert_same(Place { couch: &couch, db: &first }, Place { couch: &couch, db: &second }, "on purpose").await;
+            assert_same(Place { couch: &couch, db: &first }, &[Place { couch: &couch, db: &second }], "on purpose").await;
         });
         assert_eq!(compared.await.is_ok(), same, "case {number}");
     }
@@ -349,7 +359,7 @@ async fn empty_attachments_arrive(lab: Arc<Lab>) {
         lab.couch.put(&pair.source.db, &id, next).await;
         pair.caught_up(&id).await;
     }
-    assert_same(pair.place(&pair.source.db), pair.place(&pair.ours), "empty attachments").await;
+    assert_same(pair.place(&pair.source.db), &[pair.place(&pair.ours)], "empty attachments").await;
 }
 
 /// As large as an attachment is in practice; only a real CouchDB streams it.

@@ -21,8 +21,8 @@ use tokio_util::sync::CancellationToken;
 /// What became of the revision.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Moved {
-    /// `bytes` is what the source sent.
-    Written { bytes: u64 },
+    /// `bytes` is what the source sent. Unconfirmed is a 202: fewer nodes than a quorum have it.
+    Written { bytes: u64, is_confirmed: bool },
     /// The target does not want this document, now and later.
     Refused { reason: String },
     /// The target lacks an attachment that the source left out: again, with an empty `atts_since`.
@@ -54,6 +54,10 @@ pub const INLINE_BYTES_MAX: u64 = 64 * 1024;
 
 /// CouchDB answers 400 to a request line of 8 kB, and a proxy may do so earlier; this leaves room for names.
 const ATTS_SINCE_BYTES_MAX: usize = 3000;
+
+/// Who has no parts to send (PouchDB's server; CouchDB of a document without attachments) calls it JSON only where that is
+/// asked for.
+const WANTED: &str = "multipart/related, application/json;q=0.5";
 
 /// An error's body is a line of JSON, or some proxy's page.
 const ANSWER_BYTES_MAX: usize = 64 * 1024;
@@ -129,7 +133,7 @@ pub fn target_path(doc_id: &str) -> String {
 /// Neither may come from a client with a read timeout: for reqwest the time until an answer includes that of sending. `idle` is
 /// how long a side may be silent.
 pub async fn transfer(source: RequestBuilder, target: RequestBuilder, idle: Duration) -> Result<Moved, MoveError> {
-    let wanted = source.header(header::ACCEPT, "multipart/related").header(header::ACCEPT_ENCODING, "identity");
+    let wanted = source.header(header::ACCEPT, WANTED).header(header::ACCEPT_ENCODING, "identity");
     let response = match timeout(idle, wanted.send()).await {
         Err(_) => return Err(Side::Source.silent(idle)),
         Ok(Err(error)) => return Err(MoveError::Source(lost(&error))),
@@ -362,7 +366,9 @@ async fn beginning(mut response: Response) -> Vec<u8> {
 
 fn of_target(answer: Answer, bytes: u64) -> Result<Moved, MoveError> {
     let of_document = match answer.status {
-        status if status.is_success() => return Ok(Moved::Written { bytes }),
+        status if status.is_success() => {
+            return Ok(Moved::Written { bytes, is_confirmed: status != StatusCode::ACCEPTED });
+        }
         StatusCode::PRECONDITION_FAILED if answer.error == "missing_stub" => return Ok(Moved::MissingStub),
         StatusCode::PAYLOAD_TOO_LARGE => true,
         // A proxy's words are not about the document.

@@ -8,6 +8,7 @@ use super::checkpoint::{Checkpoint, Entry, SourceRefused, common};
 use super::peer::{Peer, PeerError};
 use super::shared::Shared;
 use super::slots::{Anchor, Position, Slot, Slots, Unsaved};
+use super::written::Remembered;
 use crate::couch::Seq;
 use futures_util::stream::StreamExt;
 use std::collections::BTreeSet;
@@ -23,6 +24,7 @@ pub struct Behind {
     pub after: Duration,
     /// Replicators whose documents may be gone from the target.
     pub again: Again,
+    pub remembered: Remembered,
 }
 
 /// Replicators that have to run again although nobody dirtied them; each once.
@@ -65,6 +67,8 @@ type Result<T> = std::result::Result<T, PeerError>;
 
 /// Checkpoints written at once when many are due: so many share their requests.
 const AT_ONCE: usize = 256;
+/// No longer between two looks at what is due, because too much may be remembered.
+const LOOK_EACH: Duration = Duration::from_secs(5);
 /// A side that could not be written for so long is not waited for any longer.
 const GIVEN_UP_AFTER: Duration = Duration::from_secs(600);
 
@@ -100,7 +104,11 @@ impl Behind {
             self.forget(id, slot);
             return Ok(Checked::Moved);
         }
-        let anchor = self.write(id, unsaved, since, at_source.as_ref(), at_target.as_ref(), anchor.is_target_only).await?;
+        let written = self.write(id, unsaved, since, at_source.as_ref(), at_target.as_ref(), anchor.is_target_only).await?;
+        let Some(anchor) = written else {
+            self.forget(id, slot);
+            return Ok(Checked::Moved);
+        };
         slot.position = Some(Position { anchor, source_seen: Instant::now(), ..position.clone() });
         slot.unsaved = None;
         self.slots.mark_saved(id);
@@ -113,7 +121,11 @@ impl Behind {
         self.slots.mark_saved(id);
     }
 
-    /// A new session on both sides; on the target alone where the source takes none.
+    /// A new session on both sides; on the target alone where the source takes none. None where the target has lost documents.
+    ///
+    /// The target is written first, and asked for its documents after that: until the source tells of the session as well,
+    /// nobody believes it. So whatever the target is at that moment, a later copy of it has the documents, and an earlier one
+    /// has another session.
     pub async fn write(
         &self,
         id: &Arc<str>,
@@ -122,33 +134,44 @@ impl Behind {
         at_source: Option<&Checkpoint>,
         at_target: Option<&Checkpoint>,
         source_refuses: bool,
-    ) -> Result<Anchor> {
+    ) -> Result<Option<Anchor>> {
         let session_id: Arc<str> = format!("{:032x}", fastrand::u128(..)).into();
         let mut entry = Entry::new(session_id.clone(), unsaved.started, SystemTime::now(), unsaved.start.clone(), seq.clone());
-        entry.missing_checked = unsaved.counts.missing_checked;
-        entry.missing_found = unsaved.counts.missing_found;
-        entry.docs_read = unsaved.counts.docs_read;
-        entry.docs_written = unsaved.counts.docs_written;
-        entry.doc_write_failures = unsaved.counts.doc_write_failures;
+        entry.count(&unsaved.counts);
         let rev_of = |checkpoint: Option<&Checkpoint>| checkpoint.and_then(|checkpoint| checkpoint.rev.clone());
-        let known_to_both = common(at_source, at_target).map(|common| common.history).unwrap_or_default();
-        let mut next = Checkpoint::following(known_to_both, entry.clone());
-        let refused = source_refuses || {
-            let document = next.document(id, rev_of(at_source).as_deref());
-            match self.shared.write_local(&unsaved.source, id, document).await {
-                Ok(()) => false,
-                Err(error) if error.is_refusal() => true,
+        let mut target_rev = rev_of(at_target);
+        if !source_refuses {
+            let known_to_both = common(at_source, at_target).map(|common| common.history).unwrap_or_default();
+            let next = Checkpoint::following(known_to_both, entry.clone());
+            self.shared.write_local(&unsaved.target, id, next.document(id, target_rev.as_deref())).await?;
+            if !self.has_all(unsaved).await? {
+                return Ok(None);
+            }
+            match self.shared.write_local(&unsaved.source, id, next.document(id, rev_of(at_source).as_deref())).await {
+                Ok(()) => return Ok(Some(Anchor { session_id, is_target_only: false })),
+                Err(error) if error.is_refusal() => {}
                 Err(error) => return Err(error),
             }
-        };
-        if refused {
-            let alone = at_target.filter(|target| target.source_refused.is_some());
-            next = Checkpoint::following(alone.map(|target| target.history.clone()).unwrap_or_default(), entry);
-            let instance_start_time = unsaved.source.instance_start_time().await?;
-            next.source_refused = Some(SourceRefused { instance_start_time });
+            target_rev = rev_of(self.read_checkpoint(&unsaved.target, id).await?.as_ref());
+        } else if !self.has_all(unsaved).await? {
+            return Ok(None);
         }
-        self.shared.write_local(&unsaved.target, id, next.document(id, rev_of(at_target).as_deref())).await?;
-        Ok(Anchor { session_id, is_target_only: refused })
+        let alone = at_target.filter(|target| target.source_refused.is_some());
+        let mut next = Checkpoint::following(alone.map(|target| target.history.clone()).unwrap_or_default(), entry);
+        let instance_start_time = unsaved.source.instance_start_time().await?;
+        next.source_refused = Some(SourceRefused { instance_start_time });
+        self.shared.write_local(&unsaved.target, id, next.document(id, target_rev.as_deref())).await?;
+        Ok(Some(Anchor { session_id, is_target_only: true }))
+    }
+
+    /// Whether the target still has what was written since its last checkpoint.
+    async fn has_all(&self, unsaved: &Unsaved) -> Result<bool> {
+        let rows = unsaved.written.rows();
+        if rows.is_empty() {
+            return Ok(true);
+        }
+        let diff = self.shared.revs_diff(&unsaved.target, Arc::new(rows)).await?;
+        Ok(diff.values().all(|missing| missing.missing.is_empty()))
     }
 
     /// Writes what has been behind for so long; those at which a run works are left to it. Returns the replicators whose
@@ -180,10 +203,11 @@ impl Behind {
     /// Until it is dropped.
     pub async fn forever(&self) {
         loop {
-            tokio::time::sleep(self.after / 4).await;
-            for replicator_id in self.save_older_than(self.after).await {
+            let age = if self.remembered.is_crowded() { Duration::ZERO } else { self.after };
+            for replicator_id in self.save_older_than(age).await {
                 self.again.add(replicator_id);
             }
+            tokio::time::sleep((self.after / 4).min(LOOK_EACH)).await;
         }
     }
 }

@@ -6,6 +6,7 @@
 
 use super::parameters::{Parameters, Selection, Side};
 use crate::couch::Seq;
+use crate::replicate::Counts;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
@@ -87,6 +88,14 @@ impl Entry {
             docs_written: 0,
             doc_write_failures: 0,
         }
+    }
+
+    pub fn count(&mut self, counts: &Counts) {
+        self.missing_checked = counts.missing_checked;
+        self.missing_found = counts.missing_found;
+        self.docs_read = counts.docs_read;
+        self.docs_written = counts.docs_written;
+        self.doc_write_failures = counts.doc_write_failures;
     }
 
     fn read(value: &Value) -> Option<Self> {

@@ -5,15 +5,15 @@
 
 use super::attachments::{Carry, INLINE_BYTES_MAX, Moved, carry, shown};
 use super::budget::{Budget, Grown, Reservation};
-use super::elements::{BulkGetElement, BulkGetError, ChangesRow, Shallow, Splitter};
-use super::peer::{Page, Peer, PeerError, Refused};
+use super::elements::{BulkGetElement, BulkGetError, Shallow, Splitter};
+use super::peer::{ChangesRow, Page, Peer, PeerError, Refused};
 use super::shared::{Document, Shared, pairs};
-use crate::replicate::RefusedDocument;
+use crate::replicate::{Counts, RefusedDocument};
 use bytes::Bytes;
 use futures_util::stream::{Stream, StreamExt, TryStreamExt};
 use serde_json::{Value, json};
-use std::collections::HashMap;
-use std::sync::{Arc, OnceLock};
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// So many revisions are read in one answer that is not streamed, and so long may it be.
 pub const SMALL_GET_REVS: usize = 100;
@@ -35,28 +35,6 @@ const INLINE_ANSWER_BYTES_MAX: usize = 4 * 1024 * 1024;
 const PIPES: usize = 2;
 /// Revisions for one `_revs_diff`.
 const DIFF_REVS: usize = 1_000;
-
-/// What was done, in the words of the replication protocol.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Counts {
-    pub missing_checked: u64,
-    pub missing_found: u64,
-    pub docs_read: u64,
-    pub docs_written: u64,
-    pub doc_write_failures: u64,
-    pub bytes_read: u64,
-}
-
-impl std::ops::AddAssign for Counts {
-    fn add_assign(&mut self, other: Self) {
-        self.missing_checked += other.missing_checked;
-        self.missing_found += other.missing_found;
-        self.docs_read += other.docs_read;
-        self.docs_written += other.docs_written;
-        self.doc_write_failures += other.doc_write_failures;
-        self.bytes_read += other.bytes_read;
-    }
-}
 
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum TransferError {
@@ -94,6 +72,8 @@ pub struct Transfer {
     pub target: Peer,
     /// The first document of this run that the target refused.
     pub first_refused: OnceLock<RefusedDocument>,
+    /// Ids that it refused, of the pages on their way.
+    pub refused: Mutex<HashSet<String>>,
 }
 
 impl Transfer {
@@ -330,7 +310,12 @@ impl Transfer {
 
     async fn piped(&self, doc: &Attached, since: &[String]) -> Result<Counts> {
         match self.source.move_document(&self.target, &doc.id, &doc.rev, since).await? {
-            Moved::Written { bytes } => Ok(Counts { docs_read: 1, docs_written: 1, bytes_read: bytes, ..Counts::default() }),
+            Moved::Written { bytes, is_confirmed } => {
+                if !is_confirmed {
+                    self.confirm(vec![(doc.id.clone(), vec![doc.rev.clone()])]).await?;
+                }
+                Ok(Counts { docs_read: 1, docs_written: 1, bytes_read: bytes, ..Counts::default() })
+            }
             Moved::Refused { reason } => {
                 // Whether it refuses the document or us, its words do not always tell: then it will not answer this either.
                 self.lacking(vec![(doc.id.clone(), vec![doc.rev.clone()])]).await?;
@@ -376,7 +361,9 @@ impl Transfer {
                         }
                     }
                     if !written.is_confirmed {
-                        self.confirm(&batch, &written.refused).await?;
+                        let is_refused = |doc: &&Document| written.refused.iter().any(|refused| *refused.id == *doc.id);
+                        let kept = batch.iter().filter(|doc| !is_refused(doc));
+                        self.confirm(kept.map(|doc| (doc.id.to_string(), vec![doc.rev.to_string()])).collect()).await?;
                     }
                     let refused = written.refused.len().min(batch.len());
                     counts.docs_written += (batch.len() - refused) as u64;
@@ -400,9 +387,7 @@ impl Transfer {
     }
 
     /// A 202 says that too few nodes have it: what a reading quorum does not know is to be written again.
-    async fn confirm(&self, batch: &[Document], refused: &[Refused]) -> Result<()> {
-        let kept = batch.iter().filter(|doc| !refused.iter().any(|refused| *refused.id == *doc.id));
-        let revs: Revs = kept.map(|doc| (doc.id.to_string(), vec![doc.rev.to_string()])).collect();
+    async fn confirm(&self, revs: Revs) -> Result<()> {
         match self.lacking(revs).await?.revs.first() {
             None => Ok(()),
             Some((id, _)) => {
@@ -415,6 +400,20 @@ impl Transfer {
     fn say_refused(&self, id: &str, reason: &str) {
         tracing::debug!(target_db = self.target.db_name(), id, reason, "the target refused a document");
         self.first_refused.get_or_init(|| RefusedDocument::new(id, reason));
+        self.refused().insert(String::from(id));
+    }
+
+    fn refused(&self) -> MutexGuard<'_, HashSet<String>> {
+        self.refused.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Those of a page that is through which the target refused.
+    pub fn take_refused(&self, page: &Page) -> HashSet<String> {
+        let mut refused = self.refused();
+        match refused.is_empty() {
+            true => HashSet::new(),
+            false => page.rows.iter().filter_map(|row| refused.take(&row.id)).collect(),
+        }
     }
 }
 

@@ -1,9 +1,8 @@
-//! The elements of a long JSON answer, one by one while it comes: `{"results":[…],"last_seq":…}` of `_changes` and `_bulk_get`.
+//! The elements of a long JSON answer, one by one while it comes: `{"results":[…]}` of `_bulk_get`.
 //!
 //! The splitter only finds where an element ends, in one pass and whatever the borders of the chunks; what an element says is
 //! read afterwards, and of a document no more than replication needs: bodies travel as the text that came.
 
-use crate::couch::Seq;
 use bytes::{Bytes, BytesMut};
 use memchr::memchr2;
 use serde::{Deserialize, Deserializer};
@@ -451,47 +450,6 @@ impl Shallow {
     }
 }
 
-/// One row of `_changes?style=all_docs`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ChangesRow {
-    pub id: String,
-    pub revs: Vec<String>,
-    pub deleted: bool,
-}
-
-impl ChangesRow {
-    pub fn parse(element: &[u8]) -> Result<Self, ElementsError> {
-        #[derive(Deserialize)]
-        struct Raw {
-            id: String,
-            changes: Vec<Leaf>,
-            #[serde(default)]
-            deleted: bool,
-        }
-        #[derive(Deserialize)]
-        struct Leaf {
-            rev: String,
-        }
-        let raw: Raw = read("a row of _changes", element)?;
-        Ok(Self { id: raw.id, revs: raw.changes.into_iter().map(|leaf| leaf.rev).collect(), deleted: raw.deleted })
-    }
-}
-
-/// What stands beside the rows of `_changes`.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-pub struct ChangesEnd {
-    pub last_seq: Seq,
-    /// PouchDB has none.
-    #[serde(default)]
-    pub pending: Option<u64>,
-}
-
-impl ChangesEnd {
-    pub fn parse(rest: &[u8]) -> Result<Self, ElementsError> {
-        read("the end of _changes", rest)
-    }
-}
-
 fn read<'a, T: Deserialize<'a>>(what: &'static str, text: &'a [u8]) -> Result<T, ElementsError> {
     serde_json::from_slice(text).map_err(|error| ElementsError::Unreadable { what, why: error.to_string() })
 }
@@ -722,18 +680,5 @@ mod tests {
         for text in ["[]", "{}", r#"{"_id":"a"}"#, r#"{"_id":"a","_rev":1}"#, r#"{"_id":"a","_rev":"1-a","_attachments":[]}"#] {
             assert!(Shallow::parse(text.as_bytes()).is_err(), "{text}");
         }
-    }
-
-    #[test]
-    fn rows_and_the_end_of_changes() {
-        let row = br#"{"seq":null,"id":"a","changes":[{"rev":"2-x"},{"rev":"2-b"}],"deleted":true,"doc":{}}"#;
-        let expected = ChangesRow { id: String::from("a"), revs: vec![String::from("2-x"), String::from("2-b")], deleted: true };
-        assert_eq!(ChangesRow::parse(row), Ok(expected));
-        assert!(!ChangesRow::parse(br#"{"seq":3,"id":"a","changes":[]}"#).expect("readable").deleted);
-        assert!(ChangesRow::parse(br#"{"error":"timeout","reason":"x"}"#).is_err());
-        let end = ChangesEnd::parse(br#"{"results":[],"last_seq":"5-x","pending":7}"#);
-        assert_eq!(end, Ok(ChangesEnd { last_seq: "5-x".into(), pending: Some(7) }));
-        let end = ChangesEnd::parse(br#"{"results":[],"last_seq":5}"#);
-        assert_eq!(end, Ok(ChangesEnd { last_seq: Seq::Number(5), pending: None }));
     }
 }

@@ -2,7 +2,7 @@
 
 use super::attachments::{MoveError, Moved, source_path, target_path, transfer};
 use super::documents::SMALL_GET_BYTES;
-use super::elements::{BulkGetElement, ChangesRow, Shallow, Splitter, as_text};
+use super::elements::{BulkGetElement, Shallow, Splitter, as_text};
 use super::gate::{Gate, Gates};
 use super::parameters::{Rights, Side};
 use super::sessions::Sessions;
@@ -147,6 +147,13 @@ pub type Result<T> = std::result::Result<T, PeerError>;
 
 /// An answer larger than this is refused: those that may be large are read as a stream.
 const ANSWER_BYTES_MAX: usize = 64 * 1024 * 1024;
+
+/// One row of `_changes?style=all_docs`: a document and its leaves.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ChangesRow {
+    pub id: String,
+    pub revs: Vec<String>,
+}
 
 /// One page of what changed.
 #[derive(Debug)]
@@ -439,8 +446,6 @@ impl Peer {
         struct RawRow<'a> {
             id: String,
             changes: Vec<Leaf>,
-            #[serde(default)]
-            deleted: bool,
             #[serde(default, borrow)]
             doc: Option<&'a RawValue>,
         }
@@ -456,7 +461,7 @@ impl Peer {
             if let Some(doc) = row.doc.filter(|doc| is_whole(doc, &row.id, &revs)) {
                 docs.insert(row.id.clone(), body.slice_ref(doc.get().as_bytes()));
             }
-            rows.push(ChangesRow { id: row.id, revs, deleted: row.deleted });
+            rows.push(ChangesRow { id: row.id, revs });
         }
         Ok(Page { rows, docs, last_seq, pending })
     }

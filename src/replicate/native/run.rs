@@ -6,13 +6,14 @@
 
 use super::behind::{Behind, Checked};
 use super::checkpoint::{Checkpoint, common_ancestor};
-use super::documents::{Counts, Transfer, TransferError};
-use super::elements::ChangesRow;
+use super::documents::{Transfer, TransferError};
 use super::parameters::{Parameters, Selection};
-use super::peer::{ChangesRequest, Page, Peer};
+use super::peer::{ChangesRequest, ChangesRow, Page, Peer};
 use super::slots::{Anchor, Position, Slot, Unsaved};
+use super::standing::{AtSource, News, stands};
+use super::written::Written;
 use crate::couch::Seq;
-use crate::replicate::Progress;
+use crate::replicate::{Counts, Progress};
 use futures_util::future::{BoxFuture, Fuse, FusedFuture, FutureExt};
 use futures_util::stream::{FuturesOrdered, StreamExt};
 use serde_json::json;
@@ -87,7 +88,7 @@ impl Run<'_> {
         // What is written while we read is the next run's: a source that never rests must not keep this one.
         let mut left = page.pending.map(|pending| pending.saturating_add(page.rows.len() as u64));
         let total = left;
-        let mut working: FuturesOrdered<BoxFuture<'_, Result<(Seq, u64, Counts)>>> = FuturesOrdered::new();
+        let mut working: FuturesOrdered<BoxFuture<'_, Result<(Arc<Page>, Counts)>>> = FuturesOrdered::new();
         let mut reading: Fuse<BoxFuture<'_, Result<Arc<Page>>>> = Fuse::terminated();
         let mut arrived = Some(page);
         let mut started = SystemTime::now();
@@ -112,7 +113,9 @@ impl Run<'_> {
             tokio::select! {
                 page = &mut reading, if !reading.is_terminated() && working.len() < PAGES => arrived = Some(page?),
                 Some(finished) = working.next() => {
-                    let (last_seq, rows, counts) = finished?;
+                    let (page, counts) = finished?;
+                    let refused = self.transfer.take_refused(&page);
+                    let (last_seq, rows) = (page.last_seq.clone(), page.rows.len() as u64);
                     done.counts += counts;
                     done.rows += rows;
                     let pending = total.map(|total| total.saturating_sub(done.rows));
@@ -124,8 +127,9 @@ impl Run<'_> {
                     }
                     let unsaved = slot.unsaved.get_or_insert_with(|| self.unsaved(from.clone(), started));
                     unsaved.counts += counts;
+                    unsaved.written.add(page.rows.iter().filter(|row| !refused.contains(&row.id)));
                     self.behind.slots.mark_unsaved(&self.id, unsaved.since);
-                    if unsaved.since.elapsed() >= self.behind.after
+                    if (unsaved.since.elapsed() >= self.behind.after || self.behind.remembered.is_crowded())
                         && let Some(position) = slot.position.clone()
                     {
                         // In the middle of a long run, which holds its slot all the time.
@@ -148,12 +152,12 @@ impl Run<'_> {
         TransferError::Document { which: "checkpoint", id: self.id.to_string(), reason }
     }
 
-    async fn page(&self, page: Arc<Page>, is_news: bool) -> Result<(Seq, u64, Counts)> {
+    async fn page(&self, page: Arc<Page>, is_news: bool) -> Result<(Arc<Page>, Counts)> {
         let counts = match page.rows.is_empty() {
             true => Counts::default(),
             false => self.transfer.page(&page, is_news).await?,
         };
-        Ok((page.last_seq.clone(), page.rows.len() as u64, counts))
+        Ok((page, counts))
     }
 
     async fn begin(&self, slot: &mut Slot) -> Result<Begin> {
@@ -169,58 +173,52 @@ impl Run<'_> {
         let known = slot.position.clone().filter(|position| position.epoch == self.behind.slots.epoch());
         let ahead = async {
             match &known {
-                Some(position) => self.read_news(position).await.map(Some),
-                None => Ok(None),
+                Some(position) => Some(self.read_news(position).await),
+                None => None,
             }
         };
         let skips_source = known.as_ref().is_some_and(is_source_trusted);
         let at_source = async {
             match skips_source {
-                true => Ok(None),
-                false => self.behind.read_checkpoint(source, &self.id).await,
+                true => None,
+                false => Some(self.behind.read_checkpoint(source, &self.id).await),
             }
         };
         let (at_source, at_target, page) = tokio::join!(at_source, self.behind.read_checkpoint(target, &self.id), ahead);
-        let (at_target, is_new_target) = match at_target {
+        let at_target = match at_target {
             Err(error) if error.is_missing_database() && self.parameters.create_target => {
                 target.create(&self.parameters.create_target_params).await?;
-                (None, true)
+                None
             }
-            other => (other?, false),
+            other => other?,
         };
-        // A source that has fewer updates than it had was put back from an older copy, perhaps since the last checkpoint. On a
-        // cluster the numbers differ by node, and then a comparison is made for nothing.
-        let went_back = matches!((&known, &page), (Some(known), Ok(Some(page))) if page.last_seq.number() < known.since.number());
-        // Somebody says that there is news, and the source that there is none: it, too, may have gone back.
-        let has_news = matches!(&page, Ok(Some(page)) if !page.rows.is_empty()) && !went_back;
-        let holds_at_target = known.as_ref().is_some_and(|position| position.anchor.holds_at_target(at_target.as_ref()));
-        let is_source_left_out = skips_source && has_news && holds_at_target && !is_new_target;
-        let at_source = match skips_source && !is_source_left_out {
-            true => self.behind.read_checkpoint(source, &self.id).await,
-            false => at_source,
+        let known = known.zip(page);
+        let stands = |at_source: AtSource<'_>| {
+            let stands = |(position, page): &(Position, Result<Arc<Page>>)| {
+                stands(position, news_of(&position.since, page), at_source, at_target.as_ref())
+            };
+            known.as_ref().is_some_and(stands)
+        };
+        let is_source_left_out = skips_source && stands(AtSource::NotAsked);
+        let at_source = match at_source {
+            Some(at_source) => at_source,
+            None if is_source_left_out => Ok(None),
+            None => self.behind.read_checkpoint(source, &self.id).await,
         };
         let (at_source, source_refuses) = match at_source {
             // A source that lets us read and not look at its local documents takes no checkpoint either.
             Err(error) if error.is_refusal() => (None, true),
             other => (other?, false),
         };
-        if let Some(Position { since, anchor, source_seen, .. }) = known
-            && holds_at_target
-            && !is_new_target
-            && !went_back
-            && (is_source_left_out || anchor.holds_at_source(at_source.as_ref()))
+        let stands = is_source_left_out || stands(AtSource::Says(at_source.as_ref()));
+        if let Some((Position { since, anchor, source_seen, .. }, page)) = known
+            && stands
         {
             let source_seen = match is_source_left_out {
                 true => source_seen,
                 false => Instant::now(),
             };
-            match page {
-                Ok(Some(page)) => return Ok(Begin { page, since, anchor: Some(anchor), source_seen, is_known: true }),
-                // The source does not know the position any more: the checkpoints may have one that it does.
-                Err(TransferError::Peer(error)) if error.error.is_unknown_seq() => {}
-                Err(error) => return Err(error),
-                Ok(None) => {}
-            }
+            return Ok(Begin { page: page?, since, anchor: Some(anchor), source_seen, is_known: true });
         }
         self.behind.forget(&self.id, slot);
         self.compare(at_source, at_target, source_refuses, slot).await
@@ -252,7 +250,9 @@ impl Run<'_> {
             (None, Some(session_id)) if alone.is_some() => Anchor { session_id, is_target_only: true },
             _ => {
                 let begun = self.unsaved(since.clone(), SystemTime::now());
-                self.behind.write(&self.id, &begun, &since, at_source.as_ref(), at_target.as_ref(), source_refuses).await?
+                let written =
+                    self.behind.write(&self.id, &begun, &since, at_source.as_ref(), at_target.as_ref(), source_refuses).await?;
+                written.ok_or_else(|| self.moved())?
             }
         };
         let (source_seen, epoch) = (Instant::now(), self.behind.slots.epoch());
@@ -269,6 +269,7 @@ impl Run<'_> {
             target: self.transfer.target.clone(),
             start,
             counts: Counts::default(),
+            written: Written::new(&self.behind.remembered),
             started,
             since: Instant::now(),
         }
@@ -339,6 +340,14 @@ impl Run<'_> {
 /// has nothing new is looked at in any case. A source that counts (PouchDB) may be another one with the same numbers.
 fn is_source_trusted(position: &Position) -> bool {
     position.source_seen.elapsed() < SOURCE_TRUSTED_FOR && matches!(position.since, Seq::Text(_))
+}
+
+fn news_of(since: &Seq, page: &Result<Arc<Page>>) -> News {
+    match page {
+        Ok(page) => News::of_page(since, &page.last_seq, page.rows.is_empty()),
+        Err(TransferError::Peer(error)) if error.error.is_unknown_seq() => News::UnknownSeq,
+        Err(_) => News::Failed,
+    }
 }
 
 fn is_first(row: &ChangesRow) -> bool {

@@ -4,9 +4,10 @@
 //! was deleted and made again, or restored, has another or none.
 
 use super::checkpoint::Checkpoint;
-use super::documents::Counts;
 use super::peer::Peer;
+use super::written::Written;
 use crate::couch::Seq;
+use crate::replicate::Counts;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -56,6 +57,7 @@ pub struct Unsaved {
     pub target: Peer,
     pub start: Seq,
     pub counts: Counts,
+    pub written: Written,
     pub started: SystemTime,
     pub since: Instant,
 }

@@ -2,6 +2,7 @@
 
 use crate::support::Couch;
 use crate::support::couch::{encode, encode_id};
+use futures_util::stream::{self, StreamExt};
 use reqwest::{Method, StatusCode};
 use serde::Deserialize;
 use serde_json::value::RawValue;
@@ -9,10 +10,10 @@ use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-/// Documents of one request: their attachments come with them.
-const CHUNK: usize = 40;
-/// How many documents are read one by one as well.
-const SAMPLE: usize = 25;
+/// Documents that are read at once, each with its attachments.
+const AT_ONCE: usize = 8;
+/// Documents that are held at once.
+const CHUNK: usize = 200;
 const DIFFERENCES_SHOWN: usize = 5;
 
 /// A database of a server.
@@ -38,35 +39,37 @@ pub async fn leaf_sets(place: Place<'_>) -> LeafSets {
     sets
 }
 
-/// Panics with what differs.
-pub async fn assert_same(expected: Place<'_>, found: Place<'_>, when: &str) {
-    let (sets, found_sets) = (leaf_sets(expected).await, leaf_sets(found).await);
-    let ids: BTreeSet<&String> = sets.keys().chain(found_sets.keys()).collect();
-    let mut differences = Vec::new();
-    for id in &ids {
-        let (expected, found) = (sets.get(*id), found_sets.get(*id));
-        if expected != found {
-            differences.push(format!("the leaves of {id:?}: {expected:?}, found {found:?}"));
-        }
+/// Panics with what differs: every document is read from each of them by `open_revs=all`.
+pub async fn assert_same(expected: Place<'_>, found: &[Place<'_>], when: &str) {
+    assert_same_trees(expected, found, when, canonical).await;
+}
+
+/// As far as two servers of different kinds can hold the same: the same leaves with the same history, texts, numbers to a
+/// double's precision and attachments; not how an attachment is kept and since when.
+pub async fn assert_same_documents(expected: Place<'_>, found: Place<'_>, when: &str) {
+    assert_same_trees(expected, &[found], when, portable).await;
+}
+
+async fn assert_same_trees(expected: Place<'_>, found: &[Place<'_>], when: &str, shown: fn(&str) -> String) {
+    let sets = leaf_sets(expected).await;
+    for place in found {
+        same_leaf_sets(&sets, &leaf_sets(*place).await, &format!("{when}: {}", place.db));
     }
-    show(&differences, when);
-    let ids: Vec<&String> = ids.into_iter().collect();
+    let ids: Vec<&String> = sets.keys().collect();
     for chunk in ids.chunks(CHUNK) {
-        // With their bytes, and with their lengths and how they are kept.
-        for options in ["attachments=true", "att_encoding_info=true"] {
-            let expected = bulk(expected, chunk, options).await;
-            let found = bulk(found, chunk, options).await;
-            differences.extend(differing(&expected, &found));
-            if differences.len() > DIFFERENCES_SHOWN {
-                break;
-            }
+        let wanted = trees(expected, chunk, shown).await;
+        for place in found {
+            let differing = differing(&wanted, &trees(*place, chunk, shown).await);
+            show(&differing, &format!("{when}: {}", place.db));
         }
     }
-    for id in ids.iter().step_by(ids.len().div_ceil(SAMPLE).max(1)) {
-        let (expected, found) = (open_revs(expected, id).await, open_revs(found, id).await);
-        differences.extend(differing(&BTreeMap::from([(id.to_string(), expected)]), &BTreeMap::from([(id.to_string(), found)])));
-    }
-    show(&differences, when);
+}
+
+pub fn same_leaf_sets(expected: &LeafSets, found: &LeafSets, when: &str) {
+    let ids: BTreeSet<&String> = expected.keys().chain(found.keys()).collect();
+    let differing = ids.into_iter().filter(|id| expected.get(*id) != found.get(*id));
+    let told = |id: &String| format!("the leaves of {id:?}: {:?}, found {:?}", expected.get(id), found.get(id));
+    show(&differing.map(told).collect::<Vec<_>>(), when);
 }
 
 /// Panics unless every leaf of `source` is known in `target`, whatever else that has.
@@ -89,7 +92,7 @@ fn show(differences: &[String], when: &str) {
     assert!(differences.is_empty(), "{when}: {} differences, such as:\n{}", differences.len(), shown.join("\n"));
 }
 
-/// Id ▶ its leaves, in canonical text, sorted.
+/// Id ▶ its leaves, in canonical text, sorted, once for each way to ask for them.
 type Leaves = BTreeMap<String, Vec<String>>;
 
 fn differing(expected: &Leaves, found: &Leaves) -> Vec<String> {
@@ -118,42 +121,21 @@ struct Row<'a> {
     #[serde(borrow)]
     ok: Option<&'a RawValue>,
     #[serde(borrow)]
-    error: Option<&'a RawValue>,
-    #[serde(borrow)]
     missing: Option<&'a RawValue>,
 }
 
-impl Row<'_> {
-    fn text(&self) -> String {
-        let found = self.ok.or(self.error).or(self.missing);
-        found.map_or_else(|| "neither ok nor error".into(), |raw| canonical(raw.get()))
-    }
+async fn trees(place: Place<'_>, ids: &[&String], shown: fn(&str) -> String) -> Leaves {
+    let reading: Vec<_> = ids.iter().map(|id| tree(place, id.to_string(), shown)).collect();
+    stream::iter(reading).buffer_unordered(AT_ONCE).collect().await
 }
 
-/// All leaves: `_bulk_get` without a revision is `open_revs=all` for many.
-async fn bulk(place: Place<'_>, ids: &[&String], options: &str) -> Leaves {
-    #[derive(Deserialize)]
-    struct Answer<'a> {
-        #[serde(borrow)]
-        results: Vec<Result<'a>>,
+/// A document with all of its leaves: their bytes, and then their lengths and how they are kept.
+async fn tree(place: Place<'_>, id: String, shown: fn(&str) -> String) -> (String, Vec<String>) {
+    let mut leaves = Vec::new();
+    for options in ["attachments=true", "att_encoding_info=true"] {
+        leaves.extend(open_revs(place, &id, options, shown).await);
     }
-    #[derive(Deserialize)]
-    struct Result<'a> {
-        id: String,
-        #[serde(borrow)]
-        docs: Vec<Row<'a>>,
-    }
-    let asked: Vec<Value> = ids.iter().map(|id| json!({ "id": id })).collect();
-    let path = format!("{}/_bulk_get?revs=true&{options}", encode(place.db));
-    let text = read(place, Method::POST, &path, Some(json!({ "docs": asked }).to_string())).await;
-    let answer: Answer = serde_json::from_str(&text).expect("a _bulk_get answer");
-    let mut leaves = Leaves::new();
-    for result in answer.results {
-        let mut texts: Vec<String> = result.docs.iter().map(Row::text).collect();
-        texts.sort();
-        leaves.insert(result.id, texts);
-    }
-    leaves
+    (id, leaves)
 }
 
 /// CouchDB answers 500 where it closes a database's file under a reader of attachments, because many others are in use.
@@ -170,11 +152,12 @@ async fn read(place: Place<'_>, method: Method, path: &str, body: Option<String>
     last.1
 }
 
-async fn open_revs(place: Place<'_>, id: &str) -> Vec<String> {
-    let path = format!("{}/{}?open_revs=all&revs=true&attachments=true", encode(place.db), encode_id(id));
+async fn open_revs(place: Place<'_>, id: &str, options: &str, shown: fn(&str) -> String) -> Vec<String> {
+    let path = format!("{}/{}?open_revs=all&revs=true&{options}", encode(place.db), encode_id(id));
     let text = read(place, Method::GET, &path, None).await;
-    let rows: Vec<Row> = serde_json::from_str(&text).expect("rows");
-    let mut texts: Vec<String> = rows.iter().map(Row::text).collect();
+    let rows: Vec<Row> = serde_json::from_str(&text).unwrap_or_else(|error| panic!("{path}: {error}: {text}"));
+    let text = |row: &Row| row.ok.or(row.missing).map_or_else(|| "neither ok nor missing".into(), |raw| shown(raw.get()));
+    let mut texts: Vec<String> = rows.iter().map(text).collect();
     texts.sort();
     texts
 }
@@ -194,6 +177,27 @@ fn canonical(text: &str) -> String {
             format!("[{}]", items.iter().map(nested).collect::<Vec<_>>().join(","))
         }
         _ => text.to_string(),
+    }
+}
+
+fn portable(text: &str) -> String {
+    let mut doc: Value = serde_json::from_str(text).expect("JSON");
+    let attachments = doc.get_mut("_attachments").and_then(Value::as_object_mut);
+    for attachment in attachments.into_iter().flat_map(|all| all.values_mut()) {
+        for kept in ["digest", "length", "revpos", "encoding", "encoded_length"] {
+            attachment.as_object_mut().expect("an object").remove(kept);
+        }
+    }
+    canonical(&with_doubles(doc).to_string())
+}
+
+fn with_doubles(value: Value) -> Value {
+    match value {
+        // Of the two zeros JavaScript writes one.
+        Value::Number(number) => json!(number.as_f64().expect("a double") + 0.0),
+        Value::Array(items) => items.into_iter().map(with_doubles).collect(),
+        Value::Object(members) => members.into_iter().map(|(name, value)| (name, with_doubles(value))).collect(),
+        other => other,
     }
 }
 

@@ -14,6 +14,7 @@ tests_on! {
     embedded: [
         a_target_made_again_in_the_same_second_is_filled_again,
         a_target_put_back_from_an_older_copy_is_completed,
+        a_target_put_back_between_two_checkpoints_is_completed,
         a_source_put_back_from_an_older_copy_goes_on,
         a_source_put_back_between_two_checkpoints_goes_on,
         a_source_made_again_with_fewer_documents_goes_on,
@@ -118,6 +119,52 @@ async fn a_target_put_back_from_an_older_copy_is_completed(lab: Arc<Lab>) {
         pair.source.grow(1, 0).await;
         pair.same("put back").await;
     }
+}
+
+/// The copy tells of the same checkpoint as the target that it replaces: the next one finds that documents are gone.
+async fn a_target_put_back_between_two_checkpoints_is_completed(lab: Arc<Lab>) {
+    let mut pair = Pair::new(lab.clone()).await;
+    pair.source.grow(Pair::size() / 4, 0).await;
+    pair.replicator(json!({})).await;
+    let mut spiegel = lab.spiegel_with(&[("REPLICATION_CHECKPOINT_AFTER", "4s")]).await;
+    pair.caught_up("at first").await;
+    for what_next in ["nothing", "a change", "a stop", "nothing", "a kill"] {
+        let fill =
+            async |what: &str, count| lab.couch.fill(&pair.source.db, &format!("{what} {} ", fastrand::u32(..)), count).await;
+        loop {
+            // From right after a checkpoint on there is mostly time for all of it until the next.
+            fill("before", 1).await;
+            checkpointed(&pair).await;
+            let told = sessions(&lab, &pair.ours).await;
+            fill("kept", 5).await;
+            nothing_missing(&pair, "what the copy has").await;
+            control(&lab, "snapshot", &pair.ours).await;
+            fill("lost", 30).await;
+            nothing_missing(&pair, "what the copy has not").await;
+            if sessions(&lab, &pair.ours).await == told {
+                break;
+            }
+        }
+        control(&lab, "restore", &pair.ours).await;
+        assert_eq!(missing(pair.place(&pair.source.db), pair.place(&pair.ours)).await.len(), 30);
+        match what_next {
+            "a change" => fill("after", 1).await,
+            "a stop" => spiegel.restart().await,
+            "a kill" => {
+                spiegel.kill();
+                spiegel.start_again().await;
+            }
+            _ => {}
+        }
+        nothing_missing(&pair, &format!("put back, and then {what_next}")).await;
+    }
+    pair.same("put back five times").await;
+}
+
+/// Of all checkpoints of a database.
+async fn sessions(lab: &Lab, db: &str) -> Vec<Value> {
+    let (_, page) = lab.couch.ask(Method::GET, &format!("{}/_local_docs?include_docs=true", encode(db)), None).await;
+    page["rows"].as_array().expect("rows").iter().map(|row| row["doc"]["session_id"].clone()).collect()
 }
 
 async fn a_source_put_back_from_an_older_copy_goes_on(lab: Arc<Lab>) {

@@ -10,6 +10,7 @@ use fastrand::Rng;
 use reqwest::{Method, StatusCode};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// A request's documents together; CouchDB takes far more, and a test has many of them.
 const REQUEST_BYTES_MAX: usize = 6 << 20;
@@ -24,6 +25,8 @@ pub struct Source {
     docs: Vec<Doc>,
     attachment_bytes_left: usize,
     attachment_bytes_min: usize,
+    has_stubs: bool,
+    deleted_have_attachments: bool,
 }
 
 struct Doc {
@@ -37,8 +40,15 @@ struct Branch {
     start: u64,
     hashes: Vec<String>,
     deleted: bool,
-    /// Name ▶ (content type, revpos).
-    attachments: BTreeMap<String, (String, u64)>,
+    attachments: BTreeMap<String, Attachment>,
+}
+
+#[derive(Clone)]
+struct Attachment {
+    kind: &'static str,
+    revpos: u64,
+    /// As JSON has it; None where a stub will do.
+    data: Option<Arc<str>>,
 }
 
 impl Branch {
@@ -49,12 +59,33 @@ impl Branch {
 
 impl Source {
     pub fn new(couch: &Couch, db: &str, random: Rng) -> Self {
-        Self { couch: couch.clone(), db: db.into(), random, docs: Vec::new(), attachment_bytes_left: 0, attachment_bytes_min: 0 }
+        Self {
+            couch: couch.clone(),
+            db: db.into(),
+            random,
+            docs: Vec::new(),
+            attachment_bytes_left: 0,
+            attachment_bytes_min: 0,
+            has_stubs: true,
+            deleted_have_attachments: true,
+        }
     }
 
     /// CouchDB 3.5's own replicator waits for ever for the end of attachments that are all empty.
     pub fn without_empty_attachments(mut self) -> Self {
         self.attachment_bytes_min = 1;
+        self
+    }
+
+    /// PouchDB takes no stub without the digest that it gave.
+    pub fn with_attachments_in_full(mut self) -> Self {
+        self.has_stubs = false;
+        self
+    }
+
+    /// PouchDB gives none of a deleted revision's.
+    pub fn without_attachments_of_the_deleted(mut self) -> Self {
+        self.deleted_have_attachments = false;
         self
     }
 
@@ -179,15 +210,20 @@ impl Source {
         Value::Object(members)
     }
 
-    fn attachments(&mut self, kept: BTreeMap<String, (String, u64)>, branch: &mut Branch) -> Map<String, Value> {
+    fn attachments(&mut self, kept: BTreeMap<String, Attachment>, branch: &mut Branch) -> Map<String, Value> {
         let mut attachments = Map::new();
-        if branch.deleted && self.random.u8(..10) > 0 {
+        if branch.deleted && (!self.deleted_have_attachments || self.random.u8(..10) > 0) {
             return attachments;
         }
-        for (name, (kind, revpos)) in kept {
+        for (name, attachment) in kept {
             if self.random.u8(..10) < 8 {
-                attachments.insert(name.clone(), json!({"content_type": kind, "revpos": revpos, "stub": true}));
-                branch.attachments.insert(name, (kind, revpos));
+                let Attachment { kind, revpos, data } = &attachment;
+                let given = match data {
+                    Some(data) => json!({"content_type": kind, "revpos": revpos, "data": &**data}),
+                    None => json!({"content_type": kind, "revpos": revpos, "stub": true}),
+                };
+                attachments.insert(name.clone(), given);
+                branch.attachments.insert(name, attachment);
             }
         }
         const NAMES: [&str; 8] = ["a.txt", "b.bin", "ünï.png", "with space", "a/b.json", "+plus", "%41?#&", "semi;colon=1"];
@@ -212,8 +248,10 @@ impl Source {
                 false => data.iter_mut().for_each(|byte| *byte = b'a' + self.random.u8(..4)),
             }
             let revpos = branch.generation();
-            attachments.insert(name.into(), json!({"content_type": kind, "revpos": revpos, "data": STANDARD.encode(data)}));
-            branch.attachments.insert(name.into(), (kind.into(), revpos));
+            let data = STANDARD.encode(data);
+            let kept = (!self.has_stubs).then(|| data.as_str().into());
+            attachments.insert(name.into(), json!({"content_type": kind, "revpos": revpos, "data": data}));
+            branch.attachments.insert(name.into(), Attachment { kind, revpos, data: kept });
         }
         attachments
     }

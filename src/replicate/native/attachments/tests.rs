@@ -94,8 +94,8 @@ fn the_sources_refusals_are_told_apart() {
 #[test]
 fn the_targets_refusals_of_a_document_are_told_from_those_of_a_user() {
     for (status, body, expected) in [
-        (201, r#"{"ok":true}"#, "Ok(Written { bytes: 7 })"),
-        (202, "", "Ok(Written { bytes: 7 })"),
+        (201, r#"{"ok":true}"#, "Ok(Written { bytes: 7, is_confirmed: true })"),
+        (202, "", "Ok(Written { bytes: 7, is_confirmed: false })"),
         (401, r#"{"error":"unauthorized","reason":"log in first"}"#, "Ok(Refused { reason: \"unauthorized: log in first\""),
         (401, r#"{"error":"unauthorized","reason":"Name or password is incorrect."}"#, "Err(Target(Unauthorized("),
         (401, r#"{"error":"unauthorized","reason":"You are not a db or server admin."}"#, "Ok(Refused"),
@@ -319,7 +319,7 @@ async fn revisions_move(pair: &Pair) {
         "ü €/𝄞 \".bin": attachment("application/octet-stream", &noise(3_000_000)),
     });
     let first = pair.put(&pair.source, id, &json!({"n": 1, "_attachments": attachments})).await;
-    let Ok(Moved::Written { bytes: all }) = pair.transfer(id, &first, &[]).await else { panic!("written") };
+    let Ok(Moved::Written { bytes: all, is_confirmed: true }) = pair.transfer(id, &first, &[]).await else { panic!("written") };
     assert!(all > 3_000_000, "{all}");
     pair.assert_same(id).await;
 
@@ -327,7 +327,7 @@ async fn revisions_move(pair: &Pair) {
     doc["_attachments"]["new"] = attachment("application/octet-stream", &noise(100_000));
     let second = pair.put(&pair.source, id, &doc).await;
     let moved = pair.transfer(id, &second, &[&first]).await;
-    let Ok(Moved::Written { bytes }) = moved else { panic!("{moved:?}") };
+    let Ok(Moved::Written { bytes, .. }) = moved else { panic!("{moved:?}") };
     assert!((100_000..150_000).contains(&bytes), "what the target has is not sent again: {bytes}");
     pair.assert_same(id).await;
     assert!(matches!(pair.transfer(id, &second, &[&first]).await, Ok(Moved::Written { .. })), "once more does no harm");
@@ -412,13 +412,13 @@ async fn revisions_move_between_couchdbs() {
     let upload = pair.http.put(format!("{}large/big.bin?rev={rev}", pair.source)).body(noise(64 << 20));
     let rev = upload.send().await.unwrap().json::<Value>().await.unwrap()["rev"].as_str().unwrap().to_string();
     let moved = pair.transfer("large", &rev, &[]).await;
-    assert!(matches!(moved, Ok(Moved::Written { bytes }) if bytes > 64 << 20), "{moved:?}");
+    assert!(matches!(moved, Ok(Moved::Written { bytes, .. }) if bytes > 64 << 20), "{moved:?}");
     pair.assert_same("large").await;
     let mut doc = pair.get(&pair.source, "large", "").await;
     doc["n"] = json!(1);
     let newer = pair.put(&pair.source, "large", &doc).await;
     let moved = pair.transfer("large", &newer, &[&rev]).await;
-    assert!(matches!(moved, Ok(Moved::Written { bytes }) if bytes < 1000), "{moved:?}");
+    assert!(matches!(moved, Ok(Moved::Written { bytes, .. }) if bytes < 1000), "{moved:?}");
     pair.assert_same("large").await;
 
     let function =

@@ -55,6 +55,7 @@ impl Stage {
             source: Peer::new(net.clone(), Which::Source, &parameters.source),
             target: Peer::new(net, Which::Target, &parameters.target),
             first_refused: OnceLock::new(),
+            refused: Mutex::default(),
         };
         Self { server, transfer }
     }
@@ -134,6 +135,37 @@ async fn whatever_the_target_has_and_whether_it_is_asked_it_has_everything_after
         assert_eq!(counts.docs_read, counts.docs_written, "seed {seed}");
         let again = stage.transfer.page(&stage.page(false).await, false).await.expect("it is compared");
         assert_eq!((again.missing_found, again.docs_written), (0, 0), "seed {seed}");
+        stage.server.stop().await;
+    }
+}
+
+/// Large attachments take a way of their own, and a 202 is no confirmation on that either.
+#[tokio::test]
+async fn what_too_few_nodes_took_is_asked_for_again() {
+    for (bytes, is_confirmed, is_asked_in_vain, is_done) in [
+        (10, true, true, true),
+        (10, false, false, true),
+        (10, false, true, false),
+        (200_000, true, true, true),
+        (200_000, false, false, true),
+        (200_000, false, true, false),
+    ] {
+        let stage = Stage::set().await;
+        let (source, target) = (&stage.transfer.source, &stage.transfer.target);
+        let data = base64::engine::general_purpose::STANDARD.encode(vec![7; bytes]);
+        let attachments = json!({ "a": { "content_type": "image/png", "data": data } });
+        stage.write(source, &[json!({ "_id": "doc", "_rev": "1-a", "_attachments": attachments })]).await;
+        if !is_confirmed {
+            stage.server.faults().answer(Some(Method::POST), "/target/_bulk_docs", 202, 1);
+            stage.server.faults().answer(Some(Method::PUT), "/target/doc", 202, 1);
+        }
+        if is_asked_in_vain {
+            stage.server.faults().answer(None, "/target/_revs_diff", 500, 1);
+        }
+        let revs = vec![(String::from("doc"), vec![String::from("1-a")])];
+        let brought = stage.transfer.bring(Lacking { revs, ancestors: HashMap::new() }).await;
+        assert_eq!(brought.is_ok(), is_done, "{bytes} {is_confirmed} {is_asked_in_vain}: {brought:?}");
+        assert_eq!(stage.leaves(target).await, stage.leaves(source).await, "it is there, whatever was said");
         stage.server.stop().await;
     }
 }
