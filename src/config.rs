@@ -80,6 +80,13 @@ pub struct WebhookSettings {
     pub fast_retries: u32,
     pub retry_base: Duration,
     pub retry_cap: Duration,
+    /// So many different deliveries to one host that fail in a row open its breaker; 0: none do.
+    pub breaker_threshold: u32,
+    /// The pause before a probe doubles from base to cap.
+    pub breaker_base: Duration,
+    pub breaker_cap: Duration,
+    /// The longest `Retry-After` that is granted.
+    pub retry_after_cap: Duration,
     /// What only this machine and its neighbours can reach is no receiver, but for `allow_networks`.
     pub block_private_networks: bool,
     pub allow_networks: Vec<IpNet>,

@@ -235,6 +235,8 @@ impl From<&ReplicationSettings> for DispatcherSettings {
             per_second_per_lane: settings.per_second_per_host,
             fast_retries: FAST_RETRIES,
             backoff: Backoff::new(RETRY_BASE, RETRY_CAP),
+            // How much a host bears is found out for each request, by the native engine's gate.
+            breaker: None,
         }
     }
 }

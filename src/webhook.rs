@@ -17,7 +17,7 @@ pub use request::WebhookRequest;
 
 use crate::config::WebhookSettings;
 use crate::job::{Answer, DbName, Verdict};
-use crate::schedule::{Attempt, Backoff, Dispatcher, DispatcherSettings, Failure, Perform, Spec, Step, Worker};
+use crate::schedule::{Attempt, Backoff, BreakerSettings, Dispatcher, DispatcherSettings, Failure, Perform, Spec, Step, Worker};
 use crate::telemetry::{Metrics, OutcomeLabels};
 use crate::vault::{Credentials, Vault};
 use anyhow::Context;
@@ -104,6 +104,11 @@ impl From<&WebhookSettings> for DispatcherSettings {
             per_second_per_lane: settings.per_second_per_host,
             fast_retries: settings.fast_retries,
             backoff: Backoff::new(settings.retry_base, settings.retry_cap),
+            breaker: Some(BreakerSettings {
+                threshold: settings.breaker_threshold,
+                cool_down: Backoff::new(settings.breaker_base, settings.breaker_cap),
+                asked_max: settings.retry_after_cap,
+            }),
         }
     }
 }

@@ -22,6 +22,8 @@ const NONE: Duration = Duration::ZERO;
 const MOMENT: Duration = Duration::from_millis(1);
 /// Longer ones overflow somebody's clock, and mean "never", which no setting here can promise.
 const YEAR: Duration = Duration::from_secs(366 * 24 * 3600);
+/// A host that is back after a day without a probe would be thought lost.
+const DAY: Duration = Duration::from_secs(24 * 3600);
 /// Below this a heartbeat is load, and every hiccup of the network a reconnect.
 const HEARTBEAT_MIN: Duration = Duration::from_millis(100);
 /// A page of more changes than this no longer fits comfortably into memory with its documents.
@@ -119,6 +121,10 @@ impl Reader {
             fast_retries: u32::try_from(self.number("webhook.fast_retries", 0..=100)).unwrap_or_default(),
             retry_base: self.duration("webhook.retry_base", MOMENT..=YEAR),
             retry_cap: self.duration("webhook.retry_cap", MOMENT..=YEAR),
+            breaker_threshold: u32::try_from(self.number("webhook.breaker_threshold", 0..=1_000)).unwrap_or_default(),
+            breaker_base: self.duration("webhook.breaker_base", MOMENT..=DAY),
+            breaker_cap: self.duration("webhook.breaker_cap", MOMENT..=DAY),
+            retry_after_cap: self.duration("webhook.retry_after_cap", MOMENT..=DAY),
             block_private_networks: self.switch("webhook.block_private_networks"),
             allow_networks: self.networks("webhook.allow_networks"),
             ca_file: self.path("webhook.ca_file"),
@@ -129,6 +135,7 @@ impl Reader {
         let Settings { couchdb, debounce, webhook, .. } = settings;
         self.at_most("debounce.quiet", debounce.quiet, "debounce.longest", debounce.longest);
         self.at_most("webhook.retry_base", webhook.retry_base, "webhook.retry_cap", webhook.retry_cap);
+        self.at_most("webhook.breaker_base", webhook.breaker_base, "webhook.breaker_cap", webhook.breaker_cap);
         self.at_most("backoff.base", settings.backoff_base, "backoff.cap", settings.backoff_cap);
         // The later clock of each pair runs while connecting too, so a longer connect_timeout would never be reached.
         self.at_most("webhook.connect_timeout", webhook.connect_timeout, "webhook.timeout", webhook.timeout);

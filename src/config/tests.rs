@@ -46,6 +46,10 @@ fn another_value(key: &str) -> &'static str {
         "webhook.fast_retries" => "0",
         "webhook.retry_base" => "1s",
         "webhook.retry_cap" => "6s",
+        "webhook.breaker_threshold" => "0",
+        "webhook.breaker_base" => "3s",
+        "webhook.breaker_cap" => "90s",
+        "webhook.retry_after_cap" => "2h",
         "deliveries.retry_strategy" => "linear",
         "deliveries.retry_delay" => "6s",
         "deliveries.retry_multiplier" => "3",
@@ -215,7 +219,7 @@ fn a_file_is_refused_with_its_line() {
 
 #[test]
 fn contradictory_pairs_are_refused() {
-    let cases: [(&[(&str, &str)], &str); 8] = [
+    let cases: [(&[(&str, &str)], &str); 9] = [
         (
             &[("SPIEGEL_DEBOUNCE_QUIET", "3s")],
             "debounce.quiet (environment SPIEGEL_DEBOUNCE_QUIET): \"3s\" is more than debounce.longest = \"2s\" (default)",
@@ -224,6 +228,7 @@ fn contradictory_pairs_are_refused() {
         (&[("SPIEGEL_WEBHOOK_CONCURRENCY", "5"), ("SPIEGEL_WEBHOOK_CONCURRENCY_PER_HOST", "6")], "webhook.concurrency"),
         (&[("SPIEGEL_REPLICATION_CONCURRENCY_PER_HOST", "129")], "replication.concurrency = 128 (default)"),
         (&[("SPIEGEL_WEBHOOK_RETRY_BASE", "6s")], "webhook.retry_cap"),
+        (&[("SPIEGEL_WEBHOOK_BREAKER_BASE", "2m")], "webhook.breaker_cap"),
         (&[("SPIEGEL_BACKOFF_BASE", "1h")], "backoff.cap"),
         (&[("SPIEGEL_WEBHOOK_CONNECT_TIMEOUT", "31s")], "webhook.timeout"),
         (&[("SPIEGEL_COUCHDB_READ_TIMEOUT", "4s")], "couchdb.read_timeout"),

@@ -31,7 +31,7 @@ impl Backoff {
     }
 
     /// The longest delay that may be drawn.
-    fn ceiling(&self, retries: u32) -> Duration {
+    pub(super) fn ceiling(&self, retries: u32) -> Duration {
         let doubled = 1u32.checked_shl(retries).and_then(|factor| self.base.checked_mul(factor));
         doubled.unwrap_or(self.cap).min(self.cap)
     }

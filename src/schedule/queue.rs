@@ -10,19 +10,30 @@
 //! 3. **Workers.** No more jobs run than there are workers.
 //!
 //! Jobs with one coalescing key are folded into the one that is not yet sent; its key is a chain as well, so that exactly one
-//! more waits while one is in flight. A folded job stands in the chains of all the jobs that it carries.
+//! more waits while one is in flight. What gathers instead (`Spec::gathers`) has no such chain: full ones go side by side. A
+//! folded job stands in the chains of all the jobs that it carries.
+//!
+//! Where the host of a lane is down (`breaker`), those that wait are settled as unsent, and so is who comes: whoever waits for
+//! them keeps their place, and the queue stays small.
 //!
 //! A job only ever waits for jobs with a lower id (`fold_target` refuses a fold that would break this), so the chains cannot
 //! deadlock.
 //!
 //! The queue has no bound of its own: whoever submits waits for the outcome, and bounds how much it has outstanding.
 
-use super::limits::{LaneLimits, Limits};
+mod lanes;
+
+pub use lanes::{BreakerChange, BreakerStatus};
+
+use super::breaker::{Breaker, BreakerSettings, View};
+use super::lane::{Lane, LaneId, PlaceKey, place_of};
+use super::limits::LaneLimits;
 use crate::job::Outcome;
 use std::cmp::Reverse;
 use std::collections::hash_map::Entry as Slot;
-use std::collections::{BTreeMap, BinaryHeap, HashMap, VecDeque};
+use std::collections::{BinaryHeap, HashMap, VecDeque};
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
@@ -42,6 +53,22 @@ pub trait Spec: Send + Sync + 'static {
     fn order_key(&self) -> u64;
     /// Jobs with equal keys ask for the same thing: one of them, not yet sent, stands for all.
     fn coalesce_key(&self) -> Option<u64>;
+    /// Jobs with its coalescing key are gathered into one that carries them, and such ones may be under way side by side.
+    fn gathers(&self) -> bool {
+        false
+    }
+    /// Takes in a newer one with its coalescing key; where it cannot, it gives it back, and that stands for itself.
+    fn fold(this: &mut Arc<Self>, newer: Arc<Self>) -> Result<(), Arc<Self>> {
+        *this = newer;
+        Ok(())
+    }
+    /// How long it waits for others before it is sent, unless it is full.
+    fn linger(&self) -> Duration {
+        Duration::ZERO
+    }
+    fn is_full(&self) -> bool {
+        false
+    }
 }
 
 pub type Waiter = oneshot::Sender<Outcome>;
@@ -54,6 +81,8 @@ pub struct EntryId(u64);
 pub enum Submitted {
     Queued(EntryId),
     FoldedInto(EntryId),
+    /// Its host is down: it was told so.
+    Unsent,
 }
 
 /// How one attempt ended, as decided by the dispatcher.
@@ -79,6 +108,14 @@ pub struct Queue<S> {
     chains: HashMap<Key, Chain>,
     lanes: HashMap<LaneId, Lane>,
     lanes_by_name: HashMap<Arc<str>, LaneId>,
+    /// By coalescing key, the job that takes in more.
+    gathering: HashMap<u64, EntryId>,
+    breaker: Option<BreakerSettings>,
+    /// Lanes whose breaker is open, and half-open.
+    not_closed: (usize, usize),
+    changes: Vec<BreakerChange>,
+    /// Lanes without jobs that have something to remember.
+    lanes_kept: usize,
     /// The lanes that have a ready job, a free place and no rate to wait for.
     rotation: VecDeque<LaneId>,
     /// The lanes without jobs, the longest empty first.
@@ -102,6 +139,12 @@ struct Entry<S> {
     state: State,
     /// It stands in its lane's ready heap, perhaps as a leftover from before it was blocked again.
     listed: bool,
+    /// When its lingering or its delay ends.
+    due: Option<Instant>,
+    /// Of `Queue::gathering`, where it stands there.
+    gathers: Option<u64>,
+    /// It tries whether its host is back.
+    probe: bool,
     retries: u32,
     crashes: u32,
 }
@@ -134,44 +177,23 @@ impl Chain {
     }
 }
 
-/// Never used again, so that a late timer cannot meet another lane.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-struct LaneId(u64);
-
-struct Lane {
-    name: Arc<str>,
-    limits: Limits,
-    places: HashMap<PlaceKey, Place>,
-    /// The places that have a ready job and room, the most urgent first, then in turn.
-    turns: BTreeMap<Reverse<i32>, VecDeque<PlaceKey>>,
-    /// Jobs of this lane, in whatever state.
-    entries: usize,
-    in_rotation: bool,
-    waits_for_rate: bool,
-    in_empty: bool,
-}
-
-/// Jobs of one place with one priority.
-type PlaceKey = (Reverse<i32>, Option<Arc<str>>);
-
-#[derive(Default)]
-struct Place {
-    /// By turn.
-    ready: BinaryHeap<Reverse<(u64, EntryId)>>,
-    in_flight: usize,
-    in_turn: bool,
-}
-
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Due {
     Entry(EntryId),
+    Rate(LaneId),
+    /// Its pause is over, or what it remembers is old.
     Lane(LaneId),
 }
 
 impl<S: Spec> Queue<S> {
-    pub fn new(limits: LaneLimits, workers_max: usize) -> Self {
+    pub fn new(limits: LaneLimits, breaker: Option<BreakerSettings>, workers_max: usize) -> Self {
         Self {
             limits,
+            breaker,
+            not_closed: (0, 0),
+            changes: Vec::new(),
+            lanes_kept: 0,
+            gathering: HashMap::new(),
             workers_max: workers_max.max(1),
             ids_used: 0,
             lanes_made: 0,
@@ -188,12 +210,15 @@ impl<S: Spec> Queue<S> {
 
     pub fn submit(&mut self, spec: Arc<S>, waiter: Waiter, now: Instant) -> Submitted {
         self.forget_empty_lanes(now);
-        match self.fold_target(&spec) {
-            Some(id) => {
-                self.fold(id, spec, waiter);
-                Submitted::FoldedInto(id)
-            }
-            None => Submitted::Queued(self.enqueue(spec, waiter, now)),
+        if let Some(unsent) = self.lanes_by_name.get(spec.lane()).copied().and_then(|lane| self.unsent(lane, now)) {
+            // Whoever stopped waiting does not want to know.
+            let _ = waiter.send(unsent);
+            return Submitted::Unsent;
+        }
+        let Some(id) = self.fold_target(&spec) else { return Submitted::Queued(self.enqueue(spec, waiter, now)) };
+        match self.fold(id, spec, waiter) {
+            Ok(()) => Submitted::FoldedInto(id),
+            Err((spec, waiter)) => Submitted::Queued(self.enqueue(spec, waiter, now)),
         }
     }
 
@@ -211,9 +236,18 @@ impl<S: Spec> Queue<S> {
     }
 
     /// Ends one attempt; an id that is not in flight is ignored.
-    pub fn finished(&mut self, id: EntryId, end: End) {
+    pub fn finished(&mut self, id: EntryId, end: End, now: Instant) {
         let Some(entry) = self.entries.get_mut(&id).filter(|entry| entry.state == State::InFlight) else { return };
-        let (lane, place) = (entry.lane, entry.place.clone());
+        let (lane, place, was_probe) = (entry.lane, entry.place.clone(), std::mem::take(&mut entry.probe));
+        if was_probe {
+            self.change_breaker(lane, now, Breaker::probe_over);
+        }
+        let end = match end {
+            End::Settled(outcome) => End::Settled(outcome),
+            // It has no other try while its host is down.
+            again => self.unsent(lane, now).map_or(again, End::Settled),
+        };
+        let Some(entry) = self.entries.get_mut(&id) else { return };
         let wanted = entry.waiters.iter().any(|waiter| !waiter.is_closed());
         match end {
             End::Settled(outcome) => {
@@ -223,7 +257,7 @@ impl<S: Spec> Queue<S> {
                 }
             }
             End::Retry { at } if wanted => {
-                entry.state = State::Delayed;
+                (entry.state, entry.due) = (State::Delayed, Some(at));
                 entry.retries = entry.retries.saturating_add(1);
                 self.timers.push(Reverse((at, Due::Entry(id))));
             }
@@ -278,58 +312,86 @@ impl<S: Spec> Queue<S> {
 
     /// The job that may carry this one as well: not yet sent, for the same host, and not before a job that this one must follow.
     fn fold_target(&self, spec: &S) -> Option<EntryId> {
-        let id = self.chains.get(&Key::Coalesce(spec.coalesce_key()?))?.tail();
+        let key = spec.coalesce_key()?;
+        let id = match spec.gathers() {
+            true => *self.gathering.get(&key)?,
+            false => self.chains.get(&Key::Coalesce(key))?.tail(),
+        };
         let entry = self.entries.get(&id).filter(|entry| entry.state == State::Fresh)?;
         let same_lane = entry.spec.lane() == spec.lane();
         let keeps_order = self.chains.get(&Key::Order(spec.order_key())).is_none_or(|chain| chain.tail() <= id);
         (same_lane && keeps_order).then_some(id)
     }
 
-    fn fold(&mut self, id: EntryId, spec: Arc<S>, waiter: Waiter) {
+    /// Gives back what the job has no room for.
+    fn fold(&mut self, id: EntryId, spec: Arc<S>, waiter: Waiter) -> Result<(), (Arc<S>, Waiter)> {
         let key = Key::Order(spec.order_key());
         let stands_there = self.chains.get(&key).is_some_and(|chain| chain.tail() == id);
-        let Some(entry) = self.entries.get_mut(&id) else { return };
+        let Some(entry) = self.entries.get_mut(&id) else { return Err((spec, waiter)) };
+        if let Err(spec) = S::fold(&mut entry.spec, spec) {
+            return Err((spec, waiter));
+        }
         if !stands_there {
             entry.keys.push(key);
             entry.blocked += usize::from(join(&mut self.chains, key, id));
         }
-        entry.spec = spec;
         if entry.waiters.len() == entry.waiters.capacity() {
             entry.waiters.retain(|waiter| !waiter.is_closed());
         }
         entry.waiters.push(waiter);
+        if entry.spec.is_full() {
+            entry.due = None;
+            let gathers = entry.gathers.take();
+            self.stop_gathering(id, gathers);
+            self.list(id);
+        }
+        Ok(())
+    }
+
+    fn stop_gathering(&mut self, id: EntryId, key: Option<u64>) {
+        if let Some(key) = key
+            && self.gathering.get(&key) == Some(&id)
+        {
+            self.gathering.remove(&key);
+        }
     }
 
     fn enqueue(&mut self, spec: Arc<S>, waiter: Waiter, now: Instant) -> EntryId {
         let id = EntryId(self.ids_used);
         self.ids_used += 1;
-        let lane = self.lane_of(spec.lane(), now);
-        let keys: Vec<Key> =
-            std::iter::once(Key::Order(spec.order_key())).chain(spec.coalesce_key().map(Key::Coalesce)).collect();
+        let lane = self.lane_of(spec.lane(), id, now);
+        let (gathers, coalesces) = match spec.gathers() {
+            true => (spec.coalesce_key().filter(|_| !spec.is_full()), None),
+            false => (None, spec.coalesce_key()),
+        };
+        let keys: Vec<Key> = std::iter::once(Key::Order(spec.order_key())).chain(coalesces.map(Key::Coalesce)).collect();
         let blocked = keys.iter().filter(|key| join(&mut self.chains, **key, id)).count();
-        let (waiters, state) = (vec![waiter], State::Fresh);
-        let (place, turn) = (place_of(&*spec), id.0);
-        let entry = Entry { spec, lane, place, keys, blocked, turn, waiters, state, listed: false, retries: 0, crashes: 0 };
+        let due = Some(spec.linger()).filter(|linger| !linger.is_zero() && !spec.is_full()).map(|linger| now + linger);
+        if let Some(at) = due {
+            self.timers.push(Reverse((at, Due::Entry(id))));
+        }
+        if let Some(key) = gathers {
+            self.gathering.insert(key, id);
+        }
+        let place = place_of(&*spec);
+        let entry = Entry {
+            spec,
+            lane,
+            place,
+            keys,
+            blocked,
+            turn: id.0,
+            waiters: vec![waiter],
+            state: State::Fresh,
+            listed: false,
+            due,
+            gathers,
+            probe: false,
+            retries: 0,
+            crashes: 0,
+        };
         self.entries.insert(id, entry);
         self.list(id);
-        id
-    }
-
-    fn lane_of(&mut self, name: &str, now: Instant) -> LaneId {
-        let id = match self.lanes_by_name.get(name) {
-            Some(id) => *id,
-            None => {
-                let id = LaneId(self.lanes_made);
-                self.lanes_made += 1;
-                let name: Arc<str> = name.into();
-                self.lanes_by_name.insert(name.clone(), id);
-                self.lanes.insert(id, Lane::new(name, Limits::new(self.limits, now)));
-                id
-            }
-        };
-        if let Some(lane) = self.lanes.get_mut(&id) {
-            lane.entries += 1;
-        }
         id
     }
 
@@ -359,13 +421,18 @@ impl<S: Spec> Queue<S> {
             }
             if let Err(wait) = lane.limits.try_acquire(now) {
                 lane.waits_for_rate = true;
-                self.timers.push(Reverse((now + wait, Due::Lane(lane_id))));
+                self.timers.push(Reverse((now + wait, Due::Rate(lane_id))));
                 return None;
             }
             lane.start_first(&place_key, self.limits.concurrency_per_place);
             entry.listed = false;
             entry.state = State::InFlight;
-            let spec = entry.spec.clone();
+            entry.probe = lane.breaker.as_ref().is_some_and(|breaker| breaker.view() != View::Closed);
+            let (spec, gathers, is_probe) = (entry.spec.clone(), entry.gathers.take(), entry.probe);
+            self.stop_gathering(id, gathers);
+            if is_probe {
+                self.change_breaker(lane_id, now, Breaker::start);
+            }
             self.in_flight += 1;
             self.rotate(lane_id);
             return Some((id, spec));
@@ -380,14 +447,28 @@ impl<S: Spec> Queue<S> {
             self.timers.pop();
             match due {
                 Due::Entry(id) => {
-                    if let Some(entry) = self.entries.get_mut(&id).filter(|entry| entry.state == State::Delayed) {
-                        entry.state = State::Waiting;
+                    if let Some(entry) = self.entries.get_mut(&id).filter(|entry| entry.due == Some(at)) {
+                        entry.due = None;
+                        if entry.state == State::Delayed {
+                            entry.state = State::Waiting;
+                        }
                         self.list(id);
+                    }
+                }
+                Due::Rate(id) => {
+                    if let Some(lane) = self.lanes.get_mut(&id) {
+                        lane.waits_for_rate = false;
+                        self.rotate(id);
                     }
                 }
                 Due::Lane(id) => {
                     if let Some(lane) = self.lanes.get_mut(&id) {
-                        lane.waits_for_rate = false;
+                        lane.paused_until = lane.paused_until.filter(|until| *until > now);
+                        if lane.kept_until == Some(at) {
+                            lane.kept_until = None;
+                            self.lanes_kept -= 1;
+                            self.note_empty(id);
+                        }
                         self.rotate(id);
                     }
                 }
@@ -398,7 +479,8 @@ impl<S: Spec> Queue<S> {
     /// Puts a job that may run into its lane.
     fn list(&mut self, id: EntryId) {
         let Some(entry) = self.entries.get_mut(&id) else { return };
-        if entry.blocked > 0 || entry.listed || !matches!(entry.state, State::Fresh | State::Waiting) {
+        let is_ready = entry.due.is_none() && matches!(entry.state, State::Fresh | State::Waiting);
+        if entry.blocked > 0 || entry.listed || !is_ready {
             return;
         }
         entry.listed = true;
@@ -414,18 +496,26 @@ impl<S: Spec> Queue<S> {
         if let Some(lane) = self.lanes.get_mut(&id)
             && !lane.in_rotation
             && lane.may_start()
-            && !lane.turns.is_empty()
+            && lane.has_turns()
         {
             lane.in_rotation = true;
             self.rotation.push_back(id);
         }
     }
 
-    /// Forgets a job that is the head of all its chains, and lets those behind it move up.
+    /// Forgets a job, and lets those behind it move up.
     fn remove(&mut self, id: EntryId) -> Vec<Waiter> {
         let Some(entry) = self.entries.remove(&id) else { return Vec::new() };
+        self.stop_gathering(id, entry.gathers);
         for key in entry.keys {
             let Slot::Occupied(mut chain) = self.chains.entry(key) else { continue };
+            if chain.get().head != id {
+                let rest = &mut chain.get_mut().rest;
+                if let Ok(at) = rest.binary_search(&id) {
+                    rest.remove(at);
+                }
+                continue;
+            }
             match chain.get_mut().rest.pop_front() {
                 None => drop(chain.remove()),
                 Some(heir) => {
@@ -438,109 +528,13 @@ impl<S: Spec> Queue<S> {
             }
         }
         if let Some(lane) = self.lanes.get_mut(&entry.lane) {
-            lane.entries -= 1;
-            if lane.entries == 0 && !lane.in_empty {
-                lane.in_empty = true;
-                self.empty.push_back(entry.lane);
+            lane.entries.remove(&id);
+            if lane.entries.is_empty() {
+                self.note_empty(entry.lane);
             }
         }
         entry.waiters
     }
-
-    /// A lane goes once its limits are as new ones would be: hosts come and go without a trace, and none gets a second burst.
-    fn forget_empty_lanes(&mut self, now: Instant) {
-        while let Some(id) = self.empty.front().copied() {
-            if let Some(lane) = self.lanes.get_mut(&id) {
-                if lane.entries == 0 && !lane.limits.is_as_new(now) {
-                    return;
-                }
-                lane.in_empty = false;
-                if lane.entries == 0 {
-                    self.lanes_by_name.remove(&lane.name);
-                    self.lanes.remove(&id);
-                }
-            }
-            self.empty.pop_front();
-        }
-    }
-}
-
-impl Lane {
-    fn new(name: Arc<str>, limits: Limits) -> Self {
-        let (in_rotation, waits_for_rate, in_empty) = (false, false, false);
-        let (places, turns) = (HashMap::new(), BTreeMap::new());
-        Self { name, limits, places, turns, entries: 0, in_rotation, waits_for_rate, in_empty }
-    }
-
-    fn may_start(&self) -> bool {
-        !self.waits_for_rate && self.limits.has_room()
-    }
-
-    fn list(&mut self, key: PlaceKey, job: (u64, EntryId), room: usize) {
-        self.places.entry(key.clone()).or_default().ready.push(Reverse(job));
-        self.take_turn(key, room);
-    }
-
-    /// At the end of the line of its priority, where it can use a turn.
-    fn take_turn(&mut self, key: PlaceKey, room: usize) {
-        let Some(place) = self.places.get_mut(&key) else { return };
-        if place.ready.is_empty() && place.in_flight == 0 {
-            self.places.remove(&key);
-        } else if !place.in_turn && !place.ready.is_empty() && place.in_flight < room.max(1) {
-            place.in_turn = true;
-            self.turns.entry(key.0).or_default().push_back(key);
-        }
-    }
-
-    /// The job whose turn it is, and its place.
-    fn first(&self) -> Option<(PlaceKey, EntryId)> {
-        let key = self.turns.values().next()?.front()?;
-        let Reverse((_, id)) = self.places.get(key)?.ready.peek()?;
-        Some((key.clone(), *id))
-    }
-
-    fn end_turn(&mut self, key: &PlaceKey) {
-        if let Some(line) = self.turns.get_mut(&key.0) {
-            line.pop_front();
-            if line.is_empty() {
-                self.turns.remove(&key.0);
-            }
-        }
-        if let Some(place) = self.places.get_mut(key) {
-            place.in_turn = false;
-        }
-    }
-
-    /// The place whose turn it is keeps it, if it has another job.
-    fn drop_first(&mut self, key: &PlaceKey) {
-        let Some(place) = self.places.get_mut(key) else { return };
-        place.ready.pop();
-        if place.ready.is_empty() {
-            self.end_turn(key);
-            self.take_turn(key.clone(), 0);
-        }
-    }
-
-    fn start_first(&mut self, key: &PlaceKey, room: usize) {
-        if let Some(place) = self.places.get_mut(key) {
-            place.ready.pop();
-            place.in_flight += 1;
-        }
-        self.end_turn(key);
-        self.take_turn(key.clone(), room);
-    }
-
-    fn leave(&mut self, key: &PlaceKey, room: usize) {
-        if let Some(place) = self.places.get_mut(key) {
-            place.in_flight = place.in_flight.saturating_sub(1);
-        }
-        self.take_turn(key.clone(), room);
-    }
-}
-
-fn place_of(spec: &impl Spec) -> PlaceKey {
-    let place = Some(spec.place()).filter(|place| !place.is_empty());
-    (Reverse(spec.priority()), place.map(Arc::from))
 }
 
 /// True where somebody stands before it.
@@ -561,6 +555,7 @@ fn join(chains: &mut HashMap<Key, Chain>, key: Key, id: EntryId) -> bool {
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 mod tests {
     use super::*;
+    use crate::schedule::breaker::{Ruling, Sign};
     use proptest::prelude::*;
     use std::collections::{BTreeMap, BTreeSet};
     use std::num::NonZeroU32;
@@ -575,7 +570,13 @@ mod tests {
         priority: i32,
         order: u64,
         coalesce: Option<u64>,
+        /// What it gathered, where it gathers.
+        items: Option<Vec<usize>>,
     }
+
+    /// So many items are all that one job carries.
+    const ITEMS_MAX: usize = 3;
+    const LINGER: Duration = Duration::from_millis(700);
 
     impl Spec for Job {
         fn lane(&self) -> &str {
@@ -593,11 +594,29 @@ mod tests {
         fn coalesce_key(&self) -> Option<u64> {
             self.coalesce
         }
+        fn gathers(&self) -> bool {
+            self.items.is_some()
+        }
+        fn fold(this: &mut Arc<Self>, newer: Arc<Self>) -> Result<(), Arc<Self>> {
+            let items = match (&this.items, &newer.items) {
+                (Some(items), Some(_)) if items.len() == ITEMS_MAX => return Err(newer),
+                (Some(items), Some(more)) => Some([&items[..], &more[..]].concat()),
+                _ => None,
+            };
+            *this = Arc::new(Job { items, ..(*newer).clone() });
+            Ok(())
+        }
+        fn linger(&self) -> Duration {
+            if self.gathers() { LINGER } else { Duration::ZERO }
+        }
+        fn is_full(&self) -> bool {
+            self.items.as_ref().is_some_and(|items| items.len() == ITEMS_MAX)
+        }
     }
 
     fn queue(concurrency: usize, workers_max: usize, per_second: Option<u32>) -> Queue<Job> {
         let per_second = per_second.and_then(NonZeroU32::new);
-        Queue::new(LaneLimits { concurrency, per_second, concurrency_per_place: concurrency }, workers_max)
+        Queue::new(LaneLimits { concurrency, per_second, concurrency_per_place: concurrency }, None, workers_max)
     }
 
     struct Bench {
@@ -613,12 +632,20 @@ mod tests {
 
         /// Numbered from 0 in the order of submission.
         fn submit(&mut self, lane: &'static str, order: u64, coalesce: Option<u64>) -> Submitted {
-            self.submit_job(Job { number: 0, lane, place: "", priority: 0, order, coalesce })
+            self.submit_job(Job { number: 0, lane, place: "", priority: 0, order, coalesce, items: None })
+        }
+
+        /// To be gathered.
+        fn add(&mut self, lane: &'static str, order: u64, key: u64) -> Submitted {
+            let (coalesce, items) = (Some(key), Some(Vec::new()));
+            self.submit_job(Job { number: 0, lane, place: "", priority: 0, order, coalesce, items })
         }
 
         fn submit_job(&mut self, job: Job) -> Submitted {
             let (waiter, receiver) = oneshot::channel();
-            let job = Job { number: self.receivers.len(), ..job };
+            let number = self.receivers.len();
+            let items = job.items.as_ref().map(|_| vec![number]);
+            let job = Job { number, items, ..job };
             self.receivers.push(Some(receiver));
             self.queue.submit(Arc::new(job), waiter, self.now)
         }
@@ -633,12 +660,40 @@ mod tests {
         }
 
         fn done(&mut self, id: EntryId) {
-            self.queue.finished(id, End::Settled(Outcome::Done));
+            self.queue.heard(id, Sign::Alive, "", self.now, 1.0);
+            self.queue.finished(id, End::Settled(Outcome::Done), self.now);
+        }
+
+        /// As a dispatcher with no end of fast retries would have it.
+        fn failed(&mut self, id: EntryId, sign: Sign) -> Ruling {
+            let ruling = self.queue.heard(id, sign, "down", self.now, 1.0);
+            let end = match ruling {
+                Ruling::Pass => End::Retry { at: self.now + Duration::from_millis(400) },
+                Ruling::Down { after } => End::Settled(Outcome::Unsent { error: String::from("down"), after }),
+                Ruling::Own => End::Settled(own_fault()),
+            };
+            self.queue.finished(id, end, self.now);
+            ruling
+        }
+
+        fn items(&mut self) -> Option<(EntryId, Vec<usize>)> {
+            self.queue.next(self.now).map(|(id, job)| (id, job.items.clone().expect("it gathers")))
         }
 
         fn outcome(&mut self, number: usize) -> Result<Outcome, TryRecvError> {
             self.receivers[number].as_mut().expect("still waiting").try_recv()
         }
+    }
+
+    fn own_fault() -> Outcome {
+        Outcome::Missing { error: String::from("own fault") }
+    }
+
+    fn with_breaker(concurrency: usize, workers_max: usize, threshold: u32) -> Queue<Job> {
+        let cool_down = crate::schedule::Backoff::new(Duration::from_secs(1), Duration::from_secs(60));
+        let breaker = BreakerSettings { threshold, cool_down, asked_max: Duration::from_secs(3_600) };
+        let limits = LaneLimits { concurrency, per_second: None, concurrency_per_place: concurrency };
+        Queue::new(limits, Some(breaker), workers_max)
     }
 
     #[test]
@@ -660,13 +715,13 @@ mod tests {
     }
 
     fn in_place(place: &'static str, order: u64, priority: i32) -> Job {
-        Job { number: 0, lane: "host", place, priority, order, coalesce: None }
+        Job { number: 0, lane: "host", place, priority, order, coalesce: None, items: None }
     }
 
     #[test]
     fn the_places_of_a_lane_take_turns_and_none_takes_all() {
         let limits = LaneLimits { concurrency: 5, per_second: None, concurrency_per_place: 2 };
-        let mut bench = Bench::new(Queue::new(limits, 10));
+        let mut bench = Bench::new(Queue::new(limits, None, 10));
         for order in 0..6 {
             bench.submit_job(in_place("slow", order, 0));
         }
@@ -683,7 +738,7 @@ mod tests {
     #[test]
     fn the_urgent_go_first() {
         let limits = LaneLimits { concurrency: 1, per_second: None, concurrency_per_place: 1 };
-        let mut bench = Bench::new(Queue::new(limits, 10));
+        let mut bench = Bench::new(Queue::new(limits, None, 10));
         for (order, priority) in [0, -5, 7, 0].into_iter().enumerate() {
             bench.submit_job(in_place("a", order as u64, priority));
         }
@@ -703,7 +758,7 @@ mod tests {
         }
         let (long, _) = bench.next().expect("the first");
         bench.submit("a", 0, Some(0));
-        bench.queue.finished(long, End::Unfinished);
+        bench.queue.finished(long, End::Unfinished, bench.now);
         for number in [1, 2] {
             let (id, next) = bench.next().expect("another");
             assert_eq!(next, number);
@@ -712,7 +767,7 @@ mod tests {
         assert_eq!(bench.next(), Some((long, 0)), "its own key is still its own");
         bench.done(long);
         assert_eq!(bench.numbers(), [3]);
-        assert!(bench.queue.lanes.values().all(|lane| lane.places.len() <= 1), "idle places are forgotten");
+        assert!(bench.queue.lanes.values().all(|lane| lane.places() <= 1), "idle places are forgotten");
     }
 
     #[test]
@@ -760,7 +815,7 @@ mod tests {
         bench.submit("a", 8, None);
         let (first, _) = bench.next().expect("the first of its key");
         let at = bench.now + Duration::from_secs(5);
-        bench.queue.finished(first, End::Retry { at });
+        bench.queue.finished(first, End::Retry { at }, bench.now);
         assert_eq!(bench.numbers(), [2], "another key goes on");
         assert_eq!(bench.queue.next_wakeup(), Some(at));
         assert_eq!(bench.queue.retries(first), 1);
@@ -806,7 +861,7 @@ mod tests {
         let mut bench = Bench::new(queue(10, 10, None));
         bench.submit("a", 0, Some(1));
         let (first, _) = bench.next().expect("nothing before it");
-        bench.queue.finished(first, End::Crashed);
+        bench.queue.finished(first, End::Crashed, bench.now);
         assert!(matches!(bench.submit("a", 0, Some(1)), Submitted::Queued(_)));
     }
 
@@ -882,7 +937,7 @@ mod tests {
         bench.submit("a", 0, None);
         let (first, _) = bench.next().expect("nothing before it");
         bench.receivers[0] = None;
-        bench.queue.finished(first, End::Retry { at: bench.now + Duration::from_secs(60) });
+        bench.queue.finished(first, End::Retry { at: bench.now + Duration::from_secs(60) }, bench.now);
         assert_eq!((bench.queue.queued(), bench.queue.in_flight(), bench.queue.next_wakeup()), (0, 0, None));
     }
 
@@ -892,7 +947,7 @@ mod tests {
         bench.submit("a", 0, None);
         bench.submit("a", 1, None);
         let (first, _) = bench.next().expect("nothing before it");
-        bench.queue.finished(first, End::Crashed);
+        bench.queue.finished(first, End::Crashed, bench.now);
         assert_eq!(bench.next(), Some((first, 0)));
         assert_eq!(bench.queue.crashes(first), 1);
     }
@@ -942,6 +997,281 @@ mod tests {
         assert_eq!(bench.next(), None, "the same limiter, still empty");
     }
 
+    const FAILING: Sign = Sign::Failing { pause: None };
+
+    fn is_unsent(outcome: Result<Outcome, TryRecvError>) -> bool {
+        matches!(outcome, Ok(Outcome::Unsent { .. }))
+    }
+
+    /// Numbers 0 and 1 fail; 2 is under way, 3 follows 2, 4 waits for room, 5 is of another host.
+    fn opened() -> (Bench, EntryId) {
+        let mut bench = Bench::new(with_breaker(3, 10, 2));
+        for (lane, order) in [("a", 0), ("a", 1), ("a", 2), ("a", 2), ("a", 3), ("b", 4)] {
+            bench.submit(lane, order, None);
+        }
+        let ids: Vec<_> = std::iter::from_fn(|| bench.next()).collect();
+        assert_eq!(ids.iter().map(|(_, number)| *number).collect::<Vec<_>>(), [0, 5, 1, 2]);
+        assert_eq!(bench.failed(ids[0].0, FAILING), Ruling::Pass);
+        assert!(matches!(bench.failed(ids[2].0, FAILING), Ruling::Down { .. }));
+        (bench, ids[3].0)
+    }
+
+    #[test]
+    fn where_a_host_goes_down_all_that_wait_for_it_are_told() {
+        let (mut bench, under_way) = opened();
+        for number in [0, 1, 3, 4] {
+            let outcome = bench.outcome(number);
+            let after = Duration::from_secs(1);
+            assert!(
+                matches!(&outcome, Ok(Outcome::Unsent { after: told, .. }) if *told == after),
+                "number {number}: {outcome:?}"
+            );
+        }
+        assert_eq!(bench.submit("a", 9, None), Submitted::Unsent);
+        assert!(
+            matches!(bench.outcome(6), Ok(Outcome::Unsent { error, .. }) if error.contains("to a until") && error.contains("down"))
+        );
+        assert!(matches!(bench.submit("b", 9, None), Submitted::Queued(_)), "another host");
+        assert_eq!(bench.numbers(), [7]);
+        assert_eq!(bench.queue.queued(), 0);
+        bench.done(under_way);
+        assert_eq!((bench.outcome(2), bench.outcome(5)), (Ok(Outcome::Done), Err(TryRecvError::Empty)));
+        assert_eq!(bench.queue.not_closed(), (1, 0), "what started before says nothing of now");
+    }
+
+    #[test]
+    fn a_crash_under_an_open_breaker_is_no_second_try() {
+        let (mut bench, under_way) = opened();
+        bench.queue.finished(under_way, End::Crashed, bench.now);
+        assert!(is_unsent(bench.outcome(2)));
+        assert_eq!(bench.next(), None);
+    }
+
+    #[test]
+    fn a_probe_that_succeeds_lets_the_others_go() {
+        let (mut bench, _) = opened();
+        bench.now += Duration::from_secs(1);
+        for order in 10..13 {
+            bench.submit("a", order, None);
+        }
+        let (probe, number) = bench.next().expect("a probe");
+        assert_eq!((number, bench.next(), bench.queue.not_closed()), (6, None, (0, 1)));
+        bench.done(probe);
+        assert_eq!(bench.numbers(), [7, 8], "with the one still under way there is room for two");
+        let changes: Vec<_> = bench.queue.take_changes().into_iter().map(|change| (change.from, change.to)).collect();
+        let until = bench.now;
+        let (open, waiting, probing) =
+            (View::Open { until }, View::HalfOpen { probing: false }, View::HalfOpen { probing: true });
+        assert_eq!(changes, [(View::Closed, open), (open, waiting), (waiting, probing), (probing, View::Closed)]);
+        assert_eq!(bench.queue.not_closed(), (0, 0));
+    }
+
+    #[test]
+    fn a_probe_that_fails_sends_the_others_away() {
+        let (mut bench, _) = opened();
+        bench.now += Duration::from_secs(1);
+        for order in 10..13 {
+            bench.submit("a", order, None);
+        }
+        let (probe, _) = bench.next().expect("a probe");
+        assert_eq!(bench.failed(probe, FAILING), Ruling::Down { after: Duration::from_secs(2) });
+        assert!((6..9).all(|number| is_unsent(bench.outcome(number))));
+        assert_eq!((bench.queue.queued(), bench.queue.not_closed()), (0, (1, 0)));
+        assert_eq!(bench.queue.breakers(10)[0].failures, 3);
+    }
+
+    #[test]
+    fn a_probe_that_crashes_or_is_not_wanted_leaves_its_turn_to_the_next() {
+        let (mut bench, _) = opened();
+        bench.now += Duration::from_secs(1);
+        for order in 10..12 {
+            bench.submit("a", order, None);
+        }
+        bench.receivers[6] = None;
+        let (probe, number) = bench.next().expect("a probe");
+        assert_eq!(number, 7);
+        bench.queue.finished(probe, End::Crashed, bench.now);
+        assert_eq!(bench.next(), Some((probe, 7)));
+        bench.done(probe);
+        assert_eq!(bench.queue.not_closed(), (0, 0));
+    }
+
+    #[test]
+    fn a_job_that_fails_as_a_probe_again_is_at_fault_and_the_next_is_tried_at_once() {
+        let (mut bench, _) = opened();
+        for (number, expected) in [(6, Ruling::Down { after: Duration::from_secs(2) }), (7, Ruling::Own)] {
+            bench.now += Duration::from_secs(2);
+            bench.submit("a", 10, None);
+            let (probe, started) = bench.next().expect("a probe");
+            assert_eq!((started, bench.failed(probe, FAILING)), (number, expected));
+        }
+        assert_eq!(bench.outcome(7), Ok(own_fault()));
+        bench.submit("a", 11, None);
+        assert_eq!(bench.numbers(), [8]);
+    }
+
+    #[test]
+    fn a_host_that_asks_for_a_moment_gets_it_and_its_jobs_wait() {
+        let mut bench = Bench::new(with_breaker(10, 10, 5));
+        bench.submit("a", 0, None);
+        let (first, _) = bench.next().expect("nothing before it");
+        let pause = Some(Duration::from_secs(2));
+        assert_eq!(bench.failed(first, Sign::Failing { pause }), Ruling::Pass);
+        for (lane, order) in [("a", 1), ("b", 2)] {
+            bench.submit(lane, order, None);
+        }
+        assert_eq!(bench.numbers(), [2]);
+        bench.now += Duration::from_millis(1_999);
+        assert_eq!(bench.next(), None);
+        bench.now += Duration::from_millis(1);
+        assert_eq!(bench.numbers(), [0, 1]);
+    }
+
+    #[test]
+    fn a_host_that_asks_for_long_is_left_alone() {
+        let mut bench = Bench::new(with_breaker(10, 10, 5));
+        for order in 0..3 {
+            bench.submit("a", order, None);
+        }
+        let (first, _) = bench.next().expect("nothing before it");
+        let pause = Duration::from_secs(600);
+        assert_eq!(bench.failed(first, Sign::Away { pause }), Ruling::Down { after: pause });
+        assert!((0..3).all(|number| is_unsent(bench.outcome(number))));
+        bench.now += pause;
+        bench.submit("a", 9, None);
+        assert_eq!(bench.numbers(), [3]);
+    }
+
+    #[test]
+    fn hosts_that_went_down_are_remembered_for_a_while_within_a_bound() {
+        let mut bench = Bench::new(with_breaker(1, 1, 1));
+        for order in 0..10_500u64 {
+            bench.submit(Box::leak(format!("host-{order}").into_boxed_str()), order, None);
+            let (id, _) = bench.next().expect("a free lane");
+            bench.failed(id, FAILING);
+        }
+        bench.next();
+        assert_eq!((bench.queue.lanes(), bench.queue.not_closed()), (10_000, (10_000, 0)));
+        assert_eq!(bench.submit("host-0", 0, None), Submitted::Unsent);
+        assert_eq!(bench.queue.breakers(100).len(), 100);
+        bench.queue.take_changes();
+        bench.now += Duration::from_secs(61);
+        assert_eq!(bench.next(), None);
+        let queue = &mut bench.queue;
+        assert_eq!((queue.lanes(), queue.lanes_by_name.len(), queue.empty.len(), queue.lanes_kept), (0, 0, 0, 0));
+        assert_eq!((queue.timers.len(), queue.not_closed(), queue.breakers(10).len()), (0, (0, 0), 0));
+        let changes = queue.take_changes();
+        assert!(changes.len() == 10_000 && changes.iter().all(|change| change.forgotten && change.to == View::Closed));
+    }
+
+    #[test]
+    fn a_host_with_a_probe_each_minute_gathers_no_timers() {
+        let mut bench = Bench::new(with_breaker(1, 1, 1));
+        for order in 0..1_000 {
+            bench.submit("a", order, None);
+            let (id, _) = bench.next().expect("a probe");
+            assert!(matches!(bench.failed(id, FAILING), Ruling::Down { .. }));
+            bench.now += Duration::from_secs(60);
+            bench.next();
+            assert!(bench.queue.timers.len() < 5, "{}", bench.queue.timers.len());
+        }
+    }
+
+    #[test]
+    fn what_gathers_waits_for_others_until_it_is_full_or_late() {
+        let mut bench = Bench::new(queue(10, 10, None));
+        for order in 0..4 {
+            bench.add("a", order, 1);
+        }
+        let (_, items) = bench.items().expect("a full one");
+        assert_eq!((items, bench.items()), (vec![0, 1, 2], None));
+        assert_eq!(bench.queue.next_wakeup(), Some(bench.now + LINGER));
+        bench.now += LINGER;
+        let (id, items) = bench.items().expect("a late one, beside the one under way");
+        assert_eq!((items, bench.queue.next_wakeup()), (vec![3], None));
+        bench.add("a", 9, 1);
+        bench.done(id);
+        assert_eq!((bench.outcome(3), bench.outcome(4)), (Ok(Outcome::Done), Err(TryRecvError::Empty)));
+        assert_eq!(bench.items(), None, "another one, which lingers");
+        assert!(bench.queue.gathering.len() == 1 && bench.queue.chains.len() == 4);
+    }
+
+    #[test]
+    fn all_that_were_gathered_hear_the_same() {
+        let mut bench = Bench::new(with_breaker(10, 10, 1));
+        for order in 0..5 {
+            bench.add("a", order, 1);
+        }
+        let (id, _) = bench.items().expect("a full one");
+        bench.failed(id, FAILING);
+        assert!((0..5).all(|number| is_unsent(bench.outcome(number))), "those that gather too");
+        assert_eq!((bench.queue.gathering.len(), bench.queue.chains.len()), (0, 0));
+    }
+
+    #[test]
+    fn a_gathered_job_waits_for_whom_one_of_its_items_follows() {
+        let mut bench = Bench::new(queue(10, 10, None));
+        bench.submit("a", 7, None);
+        let (first, _) = bench.next().expect("nothing before it");
+        for order in [5, 7, 6] {
+            bench.add("a", order, 1);
+        }
+        bench.submit("a", 5, None);
+        assert_eq!(bench.next(), None, "7 is under way, and 5 comes after the gathered one");
+        bench.done(first);
+        let (id, items) = bench.items().expect("a full one");
+        assert_eq!((items, bench.next()), (vec![1, 2, 3], None));
+        bench.done(id);
+        assert_eq!(bench.numbers(), [4]);
+    }
+
+    #[test]
+    fn what_is_gathered_keeps_the_order_of_its_key() {
+        let mut bench = Bench::new(queue(10, 10, None));
+        bench.add("a", 7, 1);
+        bench.submit("a", 7, None);
+        assert!(matches!(bench.add("a", 7, 1), Submitted::Queued(_)), "it would overtake the one between");
+        bench.now += LINGER;
+        let mut order = Vec::new();
+        while let Some((id, number)) = bench.next() {
+            order.push(number);
+            bench.done(id);
+        }
+        assert_eq!(order, [0, 1, 2]);
+    }
+
+    #[test]
+    fn a_retry_is_not_cut_short_by_the_end_of_its_lingering() {
+        let mut bench = Bench::new(with_breaker(10, 10, 9));
+        for order in 0..3 {
+            bench.add("a", order, 1);
+        }
+        let (id, _) = bench.items().expect("a full one");
+        let at = bench.now + LINGER + Duration::from_secs(1);
+        bench.queue.finished(id, End::Retry { at }, bench.now);
+        bench.now += LINGER;
+        assert_eq!(bench.items(), None);
+        bench.now = at;
+        assert!(bench.items().is_some());
+    }
+
+    #[test]
+    fn with_its_order_key_to_coalesce_by_a_document_is_sent_in_its_latest_state_only() {
+        let mut bench = Bench::new(queue(10, 10, None));
+        bench.submit("a", 7, Some(7));
+        let (first, _) = bench.next().expect("nothing before it");
+        for order in [7, 8, 7, 7] {
+            bench.submit("a", order, Some(order));
+        }
+        assert_eq!(bench.numbers(), [2], "another document");
+        bench.done(first);
+        let (latest, number) = bench.next().expect("the latest state");
+        assert_eq!(number, 4);
+        bench.done(latest);
+        assert!([1, 3, 4].iter().all(|number| bench.outcome(*number) == Ok(Outcome::Done)));
+        assert_eq!(bench.queue.queued(), 0);
+    }
+
     #[test]
     fn dropping_the_queue_closes_every_waiter() {
         let mut bench = Bench::new(queue(1, 1, None));
@@ -974,7 +1304,7 @@ mod tests {
 
     #[derive(Debug, Clone)]
     enum Step {
-        Submit { lane: usize, order: u64, coalesce: Option<u64> },
+        Submit { lane: usize, order: u64, coalesce: Option<u64>, gathers: bool },
         Start,
         Finish { which: prop::sample::Index, how: u8 },
         Advance { ms: u64 },
@@ -983,10 +1313,10 @@ mod tests {
 
     fn step() -> impl Strategy<Value = Step> {
         prop_oneof![
-            4 => (0usize..3, 0u64..5, prop::option::of(0u64..4))
-                .prop_map(|(lane, order, coalesce)| Step::Submit { lane, order, coalesce }),
+            4 => (0usize..3, 0u64..5, prop::option::of(0u64..4), any::<bool>())
+                .prop_map(|(lane, order, coalesce, gathers)| Step::Submit { lane, order, coalesce, gathers }),
             4 => Just(Step::Start),
-            3 => (any::<prop::sample::Index>(), 0u8..6).prop_map(|(which, how)| Step::Finish { which, how }),
+            3 => (any::<prop::sample::Index>(), 0u8..9).prop_map(|(which, how)| Step::Finish { which, how }),
             1 => (0u64..1_500).prop_map(|ms| Step::Advance { ms }),
             1 => any::<prop::sample::Index>().prop_map(|which| Step::StopWaiting { which }),
         ]
@@ -1011,6 +1341,22 @@ mod tests {
             }
             let newest = self.carries[&id].iter().map(|(number, _)| *number).max();
             assert_eq!(newest, Some(job.number), "the newest spec of those that were folded");
+            if let Some(items) = &job.items {
+                assert!(items.iter().eq(self.carries[&id].iter().map(|(number, _)| number)), "all that were gathered, in order");
+                assert!(items.len() <= ITEMS_MAX);
+            }
+            if let Some(breaker) = &bench.queue.lanes[&bench.queue.entries[&id].lane].breaker {
+                let probes = self.in_flight.keys().filter(|other| bench.queue.entries[other].probe);
+                let mut lanes = probes.map(|probe| self.in_flight[probe]);
+                match breaker.view() {
+                    View::Closed => assert!(!bench.queue.entries[&id].probe),
+                    View::HalfOpen { probing: true } => {
+                        assert!(bench.queue.entries[&id].probe, "only a probe is sent");
+                        assert!(lanes.all(|lane| lane != job.lane), "one probe at a time");
+                    }
+                    view => panic!("sent to a host that is {view:?}"),
+                }
+            }
             let last_of_entry = |order: u64| self.carries[&id].iter().filter(|(_, o)| *o == order).map(|(n, _)| *n).max();
             for (other, carried) in self.carries.iter().filter(|(other, _)| **other != id) {
                 for (number, order) in carried.iter().filter(|(_, order)| orders.contains(order)) {
@@ -1036,23 +1382,37 @@ mod tests {
         #[test]
         fn order_limits_and_waiters_hold_in_any_history(
             concurrency in 1usize..4, workers_max in 1usize..5, per_second in prop::option::of(1u32..4),
-            steps in prop::collection::vec(step(), 1..120),
+            threshold in prop::option::of(0u32..4), steps in prop::collection::vec(step(), 1..120),
         ) {
             let limits = (concurrency, workers_max);
-            let mut bench = Bench::new(queue(concurrency, workers_max, per_second));
+            let mut queue = match threshold {
+                Some(threshold) => with_breaker(concurrency, workers_max, threshold),
+                None => queue(concurrency, workers_max, None),
+            };
+            queue.limits.per_second = per_second.and_then(NonZeroU32::new);
+            let mut bench = Bench::new(queue);
             let mut ledger = Ledger::default();
-            let mut settled: BTreeSet<EntryId> = BTreeSet::new();
+            let mut settled: BTreeMap<EntryId, Outcome> = BTreeMap::new();
             for step in steps {
                 match step {
-                    Step::Submit { lane, order, coalesce } => {
+                    Step::Submit { lane, order, coalesce, gathers } => {
                         let number = bench.receivers.len();
                         let before = bench.queue.queued();
-                        match bench.submit(["a", "b", "c"][lane], order, coalesce) {
+                        let lane = ["a", "b", "c"][lane];
+                        let submitted = match coalesce {
+                            Some(key) if gathers => bench.add(lane, order, key),
+                            _ => bench.submit(lane, order, coalesce),
+                        };
+                        match submitted {
                             Submitted::Queued(id) => { ledger.carries.insert(id, vec![(number, order)]); }
                             Submitted::FoldedInto(id) => {
                                 prop_assert_eq!(before, bench.queue.queued(), "a folded job adds none");
                                 prop_assert!(!ledger.in_flight.contains_key(&id), "folded into one that is sent");
                                 ledger.carries.get_mut(&id).expect("a known entry").push((number, order));
+                            }
+                            Submitted::Unsent => {
+                                prop_assert!(is_unsent(bench.outcome(number)));
+                                bench.receivers[number] = None;
                             }
                         }
                     }
@@ -1062,12 +1422,20 @@ mod tests {
                         if ids.is_empty() { continue }
                         let id = *which.get(&ids);
                         ledger.in_flight.remove(&id);
-                        let end = match how {
-                            0 => End::Crashed,
-                            1 | 2 => End::Retry { at: bench.now + Duration::from_millis(u64::from(how) * 400) },
-                            _ => { settled.insert(id); End::Settled(Outcome::Done) }
+                        let ms = Duration::from_millis(u64::from(how) * 400);
+                        let sign = match how {
+                            0 => { bench.queue.finished(id, End::Crashed, bench.now); continue }
+                            1 => { bench.queue.finished(id, End::Retry { at: bench.now + ms }, bench.now); continue }
+                            2..5 => { settled.insert(id, Outcome::Done); bench.done(id); continue }
+                            5 => Sign::Failing { pause: Some(ms) },
+                            6 => Sign::Away { pause: ms },
+                            _ => FAILING,
                         };
-                        bench.queue.finished(id, end);
+                        match bench.failed(id, sign) {
+                            Ruling::Own => drop(settled.insert(id, own_fault())),
+                            Ruling::Down { .. } => prop_assert!(threshold.is_some()),
+                            Ruling::Pass => {}
+                        }
                     }
                     Step::Advance { ms } => bench.now += Duration::from_millis(ms),
                     Step::StopWaiting { which } => {
@@ -1087,9 +1455,10 @@ mod tests {
                 }
                 if let Some(id) = ledger.in_flight.keys().next().copied() {
                     ledger.in_flight.remove(&id);
-                    settled.insert(id);
+                    settled.insert(id, Outcome::Done);
                     bench.done(id);
-                } else if let Some(at) = bench.queue.next_wakeup() {
+                } else if bench.queue.queued() > 0 {
+                    let at = bench.queue.next_wakeup().expect("something to wait for");
                     prop_assert!(at > bench.now, "a wakeup in the past is a hot loop");
                     bench.now = at;
                 } else {
@@ -1097,18 +1466,24 @@ mod tests {
                 }
             }
             prop_assert_eq!(bench.queue.queued(), 0);
-            prop_assert!(bench.queue.chains.is_empty());
+            prop_assert!(bench.queue.chains.is_empty() && bench.queue.gathering.is_empty());
             for (id, carried) in &ledger.carries {
-                for (number, _) in carried {
-                    if bench.receivers[*number].is_some() {
-                        prop_assert!(settled.contains(id), "number {} was lost", number);
-                        prop_assert_eq!(bench.outcome(*number), Ok(Outcome::Done));
+                for (number, _) in carried.iter().filter(|(number, _)| bench.receivers[*number].is_some()).copied().collect::<Vec<_>>() {
+                    let outcome = bench.outcome(number);
+                    match settled.get(id) {
+                        Some(expected) => prop_assert_eq!(outcome.as_ref(), Ok(expected), "number {}", number),
+                        None => prop_assert!(is_unsent(outcome) && threshold.is_some(), "number {} was lost", number),
                     }
                 }
             }
-            bench.now += Duration::from_secs(2);
+            let (open, half_open) = bench.queue.not_closed();
+            let views: Vec<View> = bench.queue.lanes.values().filter_map(|lane| Some(lane.breaker.as_ref()?.view())).collect();
+            let count = |is: fn(&View) -> bool| views.iter().filter(|view| is(view)).count();
+            prop_assert_eq!(open, count(|view| matches!(view, View::Open { .. })));
+            prop_assert_eq!(half_open, count(|view| matches!(view, View::HalfOpen { .. })));
+            bench.now += Duration::from_secs(7_200);
             prop_assert!(bench.next().is_none());
-            prop_assert_eq!(bench.queue.lanes(), 0);
+            prop_assert_eq!((bench.queue.lanes(), bench.queue.lanes_kept, bench.queue.timers.len()), (0, 0, 0));
         }
     }
 }
