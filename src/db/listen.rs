@@ -14,7 +14,7 @@ use crate::db::rule_health::RuleHealth;
 use crate::deliveries::Deliveries;
 use crate::job::{DbName, timestamp};
 use crate::rules::rule::{Rule, SinceOverride};
-use crate::schedule::Pool;
+use crate::schedule::{Breakers, Pool};
 use crate::schedule::backoff::Backoff;
 use crate::vault::Vault;
 use crate::webhook::HttpSender;
@@ -170,6 +170,13 @@ impl Listener {
         while let Some(index) = self.positions.next_read(SystemTime::now()) {
             let group = self.positions.group(index);
             let group_rules: Vec<Arc<Rule>> = rules.iter().filter(|rule| group.rules.contains(&rule.id)).cloned().collect();
+            if group.hold.is_some()
+                && let Some(until) = hosts_closed_until(tools.webhooks.breakers(), &group_rules)
+            {
+                // Reading the page would only show again what cannot be sent.
+                self.positions.hold_on(index, until);
+                continue;
+            }
             let include_docs = group_rules.iter().any(|rule| rule.needs_doc());
             let permit = tools.pages.clone().acquire_owned().await.ok();
             let (received, page) = match prefetched.take() {
@@ -354,6 +361,14 @@ impl Listener {
         doc.insert(String::from("updated_at"), Value::from(timestamp(SystemTime::now())));
         Value::Object(doc)
     }
+}
+
+/// Until when none of these rules' hosts is asked, where that is so.
+fn hosts_closed_until(breakers: &Breakers, rules: &[Arc<Rule>]) -> Option<SystemTime> {
+    let until = |rule: &Arc<Rule>| breakers.open_until(rule.lane.as_deref()?);
+    let first = rules.iter().map(until).collect::<Option<Vec<_>>>()?.into_iter().min()?;
+    let wait = first.saturating_duration_since(tokio::time::Instant::now());
+    Some(SystemTime::now() + wait.max(HOST_WAIT_MIN).mul_f64(1.0 + 0.1 * fastrand::f64()))
 }
 
 /// How long the rules that failed wait: what backs off by itself waits for `delay` or what its receiver asked for; what waits

@@ -139,6 +139,13 @@ impl Positions {
         }
     }
 
+    /// The group waits on: what it waits for is known to be as it was, without a try.
+    pub fn hold_on(&mut self, index: usize, until: SystemTime) {
+        if let Some(hold) = &mut self.groups[index].hold {
+            hold.until = until;
+        }
+    }
+
     /// A new run: whoever is not held back reads again, and whoever's time has come tries again.
     pub fn begin_run(&mut self) {
         self.joins = 0;

@@ -10,6 +10,7 @@ use crate::job::{DbName, Failed, Outcome, Verdict};
 use crate::rules::catalogue::{Snapshot, changed_rules};
 use crate::rules::document::Document;
 use crate::rules::rule::Rule;
+use crate::schedule::Breakers;
 use crate::telemetry::StateLabels;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, HashMap};
@@ -78,7 +79,8 @@ impl Tries {
             let mut index = self.deliveries().book.index();
             let disabled: Vec<(String, String)> =
                 index.disabled().map(|known| (known.rule.clone(), known.rule_rev.clone())).collect();
-            index.take_due(now, room, |entry| not_now(entry, snapshot, &disabled, now))
+            let breakers = self.arguments.webhooks.breakers();
+            index.take_due(now, room, |entry| not_now(entry, snapshot, &disabled, breakers, now))
         };
         let mut by_db: BTreeMap<DbName, Vec<(Key, Arc<Rule>)>> = BTreeMap::new();
         for (key, entry) in due {
@@ -388,11 +390,15 @@ impl Tries {
 }
 
 /// When else, where its rule cannot be applied now.
-fn not_now(entry: &Entry, snapshot: &Snapshot, disabled: &[(String, String)], now: SystemTime) -> Option<SystemTime> {
+fn not_now(entry: &Entry, snapshot: &Snapshot, disabled: &[(String, String)], breakers: &Breakers, now: SystemTime) -> Option<SystemTime> {
     let later = Some(now + NOT_NOW);
     let Some(rule) = snapshot.rule(&entry.rule) else { return later };
     let is_disabled = disabled.iter().any(|(id, rev)| *id == *rule.id && *rev == rule.rev);
-    if is_disabled || !rule.matches_name(&entry.db) { later } else { None }
+    if is_disabled || !rule.matches_name(&entry.db) {
+        return later;
+    }
+    let closed = breakers.open_until(rule.lane.as_deref()?)?.saturating_duration_since(tokio::time::Instant::now());
+    Some(now + closed.mul_f64(1.0 + 0.1 * fastrand::f64()))
 }
 
 /// Why nobody wants it any more. A rule that is damaged for the moment is no such reason.

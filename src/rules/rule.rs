@@ -35,6 +35,8 @@ pub struct Rule {
     pub deleted: DeletedFilter,
     pub design_docs: bool,
     pub handling: Handling,
+    /// `host:port` of its requests, where it is always the same.
+    pub lane: Option<String>,
     pub(super) url_template: UrlTemplate,
     pub(super) params_template: ParamsTemplate,
 }
@@ -122,6 +124,7 @@ impl Rule {
                 pattern,
                 url,
                 params_template: ParamsTemplate::parse(&params),
+                lane: url_template.lane(),
                 url_template,
                 params,
                 method,
@@ -326,6 +329,11 @@ impl Test {
         };
         format!("if.{}: {why}", self.attribute)
     }
+}
+
+/// Requests of one lane, `host:port`, share its limits.
+pub fn lane(url: &Url) -> Option<String> {
+    Some(format!("{}:{}", url.host_str()?, url.port_or_known_default().unwrap_or_default()))
 }
 
 /// As JavaScript's `String(value)`.

@@ -254,6 +254,15 @@ impl UrlTemplate {
         })
     }
 
+    /// `host:port`, where it is the same for every change.
+    pub fn lane(&self) -> Option<String> {
+        let of = |value: &str| {
+            let url = Url::parse(&self.0.render(|_, out| out.push_str(value))).ok()?;
+            crate::rules::rule::lane(&url)
+        };
+        of("1").filter(|lane| of("2").as_ref() == Some(lane))
+    }
+
     pub fn has_user(&self) -> bool {
         Url::parse(&self.sample()).is_ok_and(|url| !url.username().is_empty() || url.password().is_some())
     }
@@ -543,6 +552,18 @@ mod tests {
         }
         let surrogate: Row = serde_json::from_str(r#"{"seq":1,"id":"x","changes":[],"doc":{"s":"\ud800/"}}"#).unwrap();
         assert_eq!(url("http://h/${change.doc.s}", "db", &surrogate), "http://h/%22%5Cud800%2F%22");
+    }
+
+    #[test]
+    fn a_lane_is_known_where_no_variable_is_in_it() {
+        for (template, expected) in [
+            ("http://api.example.com/${change.id}", Some("api.example.com:80")),
+            ("https://user@API.example.com:8443/?a=${db_name}", Some("api.example.com:8443")),
+            ("http://${db_name}.example.com/", None),
+            ("http://h:80${db_name}/", None),
+        ] {
+            assert_eq!(UrlTemplate::parse(template).lane().as_deref(), expected, "{template}");
+        }
     }
 
     #[test]

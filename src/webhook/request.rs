@@ -6,7 +6,7 @@
 //! What a document says reaches the URL percent-encoded and the body as JSON, and nothing else: headers are the rule's alone.
 
 use crate::rules::handling::{Handling, HeaderSource, Statuses};
-use crate::rules::rule::{js_string, sends_query};
+use crate::rules::rule::{js_string, lane, sends_query};
 use crate::rules::template::Rendered;
 use crate::vault::{Credentials, SecretError, SigningKey, Vault, VaultError, split_credentials};
 use base64::Engine;
@@ -84,8 +84,7 @@ pub fn build(rendered: Rendered, handling: &Handling, vault: &Vault) -> Result<W
     if !matches!(url.scheme(), "http" | "https") {
         return Err(RequestError::Scheme(url.scheme().to_string()));
     }
-    let host = url.host_str().ok_or(RequestError::NoHost)?;
-    let lane = Arc::from(format!("{host}:{}", url.port_or_known_default().unwrap_or_default()));
+    let lane: Arc<str> = lane(&url).ok_or(RequestError::NoHost)?.into();
     let body = match sends_query(&rendered.method) {
         true => {
             add_query(&mut url, &rendered.params)?;

@@ -8,6 +8,7 @@
 
 mod blog;
 mod cli;
+mod deliveries;
 mod deliveries_cli;
 mod faults;
 mod feedback;
