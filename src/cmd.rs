@@ -74,7 +74,7 @@ pub enum Command {
         #[arg(long)]
         all: bool,
     },
-    /// List the rules, or show what one would send
+    /// List the rules, show what one would send, enable one that is disabled
     #[command(subcommand)]
     Rules(RulesCommand),
     /// Deliveries that failed: look at them, have them tried again, drop them
@@ -239,6 +239,7 @@ async fn one(command: Command, loaded: Loaded) -> Result<Exit, Failure> {
         Command::Install => install::command(&settings).await,
         Command::Uninstall => uninstall::command(&settings).await,
         Command::Rules(RulesCommand::List) => rules::list(&settings).await,
+        Command::Rules(RulesCommand::Enable { id }) => deliveries::enable_rule(&settings, &id).await,
         Command::Status { all } => status::command(&settings, all).await,
         Command::Deliveries(command) => deliveries::command(&settings, command).await,
         Command::Healthcheck { ready } => healthcheck::command(&settings, ready).await,

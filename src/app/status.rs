@@ -2,6 +2,7 @@
 
 use super::{World, operations};
 use crate::admin::Pages;
+use crate::deliveries::counts::deliveries_json;
 use crate::topology;
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -50,6 +51,7 @@ fn status(world: &World, replicators: Option<topology::status::Status>) -> Value
         let cursor = world.ledger.cursor();
         (cursor.len(), cursor.watermark().cloned())
     };
+    let deliveries = deliveries_json(&world.book.index());
     let held = world.rule_health.held();
     let held: serde_json::Map<String, Value> = held.into_iter().map(|(rule, dbs)| (rule.to_string(), Value::from(dbs))).collect();
     json!({
@@ -70,6 +72,7 @@ fn status(world: &World, replicators: Option<topology::status::Status>) -> Value
             "states": replicators.as_ref().map(|status| status.states_json()),
             "docs": replicators.as_ref().map(|status| status.docs_json()),
         },
+        "deliveries": deliveries,
         "webhooks": { "in_flight": metrics.webhook_in_flight.get(), "queued": metrics.webhook_queued.get() },
         "invalid_documents": metrics.invalid_documents.get(),
     })

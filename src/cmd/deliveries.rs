@@ -241,8 +241,8 @@ async fn next_page(desk: &Desk, filter: &Filter, after: Option<Key>) -> Result<O
     Ok(Some((docs, last)))
 }
 
-/// There are as many as rules at most.
-async fn disabled(desk: &Desk, filter: &Filter) -> Result<Vec<Value>, CouchError> {
+/// The documents of disabled rules: there are as many as rules at most.
+pub(super) async fn disabled(desk: &Desk, filter: &Filter) -> Result<Vec<Value>, CouchError> {
     let mut all = Vec::new();
     let mut after: Option<String> = None;
     loop {

@@ -1,9 +1,14 @@
 //! `spiegel rules list` and `spiegel rules test`: what the rules are, and what one of them would send. Nothing is sent.
 
+use super::deliveries::disabled;
 use super::documents::each_page_of_documents;
+use super::table::{Table, cut, printable};
 use super::{Exit, Failure, complain, couch, run, say};
 use crate::config::Settings;
 use crate::couch::{Rev, Row, Seq};
+use crate::deliveries::operate::Desk;
+use crate::deliveries::parked::Disabled;
+use crate::deliveries::select::Filter;
 use crate::rules::document::Document;
 use crate::rules::fields::near_misses;
 use crate::rules::handling::{Handling, HeaderSource, Order};
@@ -13,6 +18,7 @@ use crate::rules::template::render;
 use crate::vault::{Vault, redact_text};
 use crate::webhook::request::{self, WebhookRequest, webhook_id};
 use clap::Subcommand;
+use clap::builder::NonEmptyStringValueParser;
 use serde_json::Value;
 use serde_json::value::RawValue;
 use std::io::Read;
@@ -24,6 +30,12 @@ pub enum RulesCommand {
     List,
     /// Show what a rule would send for a document; nothing is sent
     Test(TestOptions),
+    /// Enable a rule again whose receiver answered 410: what it missed is delivered then
+    Enable {
+        /// The rule's _id
+        #[arg(value_name = "ID", value_parser = NonEmptyStringValueParser::new())]
+        id: String,
+    },
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, clap::Args)]
@@ -207,53 +219,36 @@ pub(super) async fn list(settings: &Settings) -> Result<Exit, Failure> {
     if !couch.db_exists(db).await.map_err(failed)? {
         return Err(Failure::new(Exit::Config, run::missing_database(db, couch.address())));
     }
-    let mut rows = vec![HEAD.map(String::from)];
+    let disabled = disabled(&Desk::new(couch.clone(), db), &Filter::default()).await.map_err(failed)?;
+    let disabled: Vec<Disabled> = disabled.iter().filter_map(Disabled::read).collect();
+    let mut rows = Vec::new();
     let listed = each_page_of_documents(&couch, db, |docs| {
-        rows.extend(docs.iter().filter(|doc| doc["type"] == "on_change").map(list_row));
+        rows.extend(docs.iter().filter(|doc| doc["type"] == "on_change").map(|doc| list_row(doc, &disabled)));
     });
     listed.await.map_err(failed)?;
-    match rows.len() {
-        1 => say("no rules yet; see the README for a first one"),
-        _ => aligned(&rows).iter().for_each(|line| say(line)),
+    match rows.is_empty() {
+        true => say("no rules yet; see the README for a first one"),
+        false => Table::new(["rule", "db_name", "method", "url", "state"]).lines(&rows).iter().for_each(|line| say(line)),
     }
     Ok(Exit::Done)
 }
 
-const HEAD: [&str; 5] = ["rule", "db_name", "method", "url", "state"];
-/// A name or a URL that is longer takes the room of all others.
-const CELL_CHARS_MAX: usize = 60;
-
-fn list_row(doc: &Value) -> [String; 5] {
+/// An edit ends what disabled a rule.
+fn list_row(doc: &Value, disabled: &[Disabled]) -> [String; 5] {
+    let is_disabled = disabled.iter().any(|disabled| doc["_id"] == disabled.rule && doc["_rev"] == disabled.rule_rev);
     let as_written = |name: &str| match &doc[name] {
         Value::Null => String::from("–"),
         Value::String(text) => redact_text(text),
         other => other.to_string(),
     };
     let (method, state) = match Rule::parse(doc) {
+        Ok(rule) if is_disabled => (rule.method.to_string(), String::from("disabled: its receiver answered 410")),
         Ok(rule) => (rule.method.to_string(), String::from("valid")),
         Err(faults) => (as_written("method"), format!("invalid: {}", redact_text(&summary(&faults)))),
     };
     let [id, db_name, method, url] =
-        [as_written("_id"), as_written("db_name"), method, as_written("url")].map(|text| cell(&text));
-    [id, db_name, method, url, state]
-}
-
-fn cell(text: &str) -> String {
-    let plain = text.chars().map(|c| if c.is_control() { ' ' } else { c });
-    match text.chars().count() > CELL_CHARS_MAX {
-        true => plain.take(CELL_CHARS_MAX - 1).chain(['…']).collect(),
-        false => plain.collect(),
-    }
-}
-
-fn aligned(rows: &[[String; 5]]) -> Vec<String> {
-    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or_default();
-    let widths = [0, 1, 2, 3, 4].map(width);
-    let line = |row: &[String; 5]| {
-        let cells = row.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}"));
-        cells.collect::<Vec<_>>().join("  ").trim_end().to_string()
-    };
-    rows.iter().map(line).collect()
+        [as_written("_id"), as_written("db_name"), method, as_written("url")].map(|text| cut(&printable(&text)));
+    [id, db_name, method, url, printable(&state)]
 }
 
 #[cfg(test)]
@@ -349,15 +344,17 @@ mod tests {
 
     #[test]
     fn a_listed_rule_is_one_line_without_its_password() {
-        let valid = list_row(
-            &json!({"_id": "a\nb", "type": "on_change", "db_name": "^a$", "url": "http://u:s3cret@h/", "method": "put"}),
-        );
+        let mut doc = json!({"_id": "a\nb", "_rev": "1-x", "type": "on_change", "db_name": "^a$", "url": "http://u:s3cret@h/",
+            "method": "put"});
+        let valid = list_row(&doc, &[]);
         assert_eq!(valid, ["a b", "^a$", "PUT", &redact_text("http://u:s3cret@h/"), "valid"]);
         assert!(!valid[3].contains("s3cret"));
-        let invalid = list_row(&json!({"_id": "b", "type": "on_change", "db_name": 5, "url": "x".repeat(100)}));
-        assert_eq!((invalid[1].as_str(), invalid[2].as_str(), invalid[3].chars().count()), ("5", "–", CELL_CHARS_MAX));
+        let disabled = [Disabled { doc_rev: "1-d".into(), rule: "a\nb".into(), rule_rev: "1-x".into() }];
+        assert_eq!(list_row(&doc, &disabled)[4], "disabled: its receiver answered 410");
+        doc["_rev"] = json!("2-y");
+        assert_eq!(list_row(&doc, &disabled)[4], "valid", "it was edited");
+        let invalid = list_row(&json!({"_id": "b", "type": "on_change", "db_name": 5, "url": "x".repeat(100)}), &[]);
+        assert_eq!((invalid[1].as_str(), invalid[2].as_str(), invalid[3].chars().count()), ("5", "–", 60));
         assert!(invalid[4].starts_with("invalid: db_name must be a pattern"), "{}", invalid[4]);
-        let lines = aligned(&[HEAD.map(String::from), ["long name", "b", "c", "d", "e"].map(String::from)]);
-        assert_eq!(lines, ["rule       db_name  method  url  state", "long name  b        c       d    e"]);
     }
 }
