@@ -298,6 +298,7 @@ impl State {
                     checkpoints: needed(&self.built.checkpoints)?,
                     pool: needed(&self.built.replicators)?,
                     native: native.clone(),
+                    engine: settings.replication.engine,
                     vault: vault.clone(),
                     backoff,
                     local_url: couch.settings().url.clone(),

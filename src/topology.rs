@@ -8,7 +8,9 @@ pub mod states;
 pub mod status;
 
 use crate::checkpoints::Checkpoints;
+use crate::config::EngineChoice;
 use crate::job::{Completion, DbName, Outcome, Piece, timestamp};
+use crate::replicate::engines::choose;
 use crate::replicate::native::NativeEngine;
 use crate::replicate::{Progress, Replication, Replicator as Runner};
 use crate::rules::catalogue::Snapshot;
@@ -54,6 +56,11 @@ pub enum Message {
         id: Id,
         result: Result<(), RunFailure>,
     },
+    /// No engine can make what its document asks for.
+    CannotRun {
+        id: Id,
+        error: String,
+    },
     Saved {
         id: Id,
         change: Change,
@@ -85,6 +92,8 @@ pub struct Arguments {
     pub checkpoints: Checkpoints,
     pub pool: Pool<Runner>,
     pub native: Arc<NativeEngine>,
+    /// For documents that do not name one.
+    pub engine: EngineChoice,
     pub vault: Arc<Vault>,
     pub backoff: Backoff,
     /// The watched server, and its host and port: a replicator whose source is elsewhere is polled.
@@ -193,6 +202,7 @@ impl Actor for Topology {
                 let backoff = &state.arguments.backoff;
                 state.states.run_ended(now, &id, result, |retries| backoff.delay(retries, fastrand::f64()))
             }
+            Message::CannotRun { id, error } => state.states.cannot_run(&id, &error),
             Message::Saved { id, change, saved } => state.saved(&myself, &snapshot, id, &change, saved),
             Message::Tick => {
                 state.timer = None;
@@ -283,6 +293,10 @@ impl State {
             Ok(params) => params,
             Err(error) => return ended(Err(RunFailure { error: error.to_string(), missing: false, after: None })),
         };
+        let engine = replicator.engine.unwrap_or(self.arguments.engine);
+        if let Err(error) = choose(engine, &params, self.arguments.native.local()) {
+            return drop(myself.cast(Message::CannotRun { id, error: error.to_string() }));
+        }
         let progress = Arc::new(Progress::default());
         self.states.asked_for(&id, progress.clone());
         let replication = Replication {
@@ -395,6 +409,9 @@ impl State {
             }
             Line::Failing { error, retry_in, missing: false } => {
                 tracing::warn!(%id, source, target, error, retry_in_ms = retry_in.as_millis(), "replication failed, backing off");
+            }
+            Line::CannotRun { error } => {
+                tracing::error!(%id, source, target, error, "the replicator cannot run, it is passed over until its document is changed");
             }
             Line::Recovered { failures } => tracing::info!(%id, source, target, failures, "replication works again"),
         }

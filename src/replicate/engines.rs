@@ -5,11 +5,12 @@
 //! `auto` lets it try.
 
 use super::native::NativeEngine;
-use super::native::parameters::{NotNative, Parameters};
+use super::native::parameters::{Local, NotNative, Parameters};
 use super::{CouchEngine, Engine, ReplicateError, Replication, Report};
 use crate::config::EngineChoice;
 use crate::job::Verdict;
 use futures_util::future::BoxFuture;
+use serde_json::Value;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -33,20 +34,27 @@ impl Engines {
     }
 }
 
+/// What the native engine is to do; None where CouchDB is to be asked. An error stays until the document is changed.
+pub fn choose(choice: EngineChoice, params: &Value, local: &Local) -> Result<Option<Parameters>, NotNative> {
+    if choice == EngineChoice::Couchdb {
+        return Ok(None);
+    }
+    match Parameters::parse(params, local) {
+        Err(NotNative::Unsupported { .. }) if choice == EngineChoice::Auto => Ok(None),
+        result => result.map(Some),
+    }
+}
+
 impl Engine for Engines {
     fn run(&self, spec: Arc<Replication>) -> BoxFuture<'static, Result<Report, ReplicateError>> {
         let choice = spec.engine.unwrap_or(self.default);
-        if choice == EngineChoice::Couchdb {
-            spec.progress.made_by(EngineChoice::Couchdb);
-            return self.couchdb.run(spec);
-        }
-        let parameters = match (Parameters::parse(&spec.params, self.native.local()), choice) {
-            (Ok(parameters), _) => parameters,
-            (Err(NotNative::Unsupported { .. }), EngineChoice::Auto) => {
+        let parameters = match choose(choice, &spec.params, self.native.local()) {
+            Ok(Some(parameters)) => parameters,
+            Ok(None) => {
                 spec.progress.made_by(EngineChoice::Couchdb);
                 return self.couchdb.run(spec);
             }
-            (Err(error), _) => {
+            Err(error) => {
                 let error = ReplicateError::Other { error: error.to_string(), verdict: Verdict::GiveUp };
                 return Box::pin(std::future::ready(Err(error)));
             }

@@ -43,6 +43,7 @@ pub enum Change {
 pub enum Line {
     Failing { error: String, retry_in: Duration, missing: bool },
     Recovered { failures: u32 },
+    CannotRun { error: String },
 }
 
 /// A run that failed.
@@ -86,6 +87,8 @@ struct Entry {
     known_rev: String,
     /// A run has ended, or the document said that it is settled.
     has_run: bool,
+    /// No engine can make what the document asks for.
+    cannot_run: bool,
     /// Of the run that waits for its turn or is under way.
     progress: Option<Arc<Progress>>,
     last_run: Option<Box<LastRun>>,
@@ -165,11 +168,13 @@ impl States {
             saving: 0,
             known_rev: String::new(),
             has_run: !replicator.dirty,
+            cannot_run: false,
             progress: None,
             last_run: None,
             error: None,
         });
         entry.replicator = replicator.clone();
+        entry.cannot_run = false;
         entry.known_rev = replicator.rev.clone();
         let durable_before = std::mem::replace(&mut entry.durable, replicator.dirty || replicator.dirty_at.is_some());
         match (replicator.dirty, replicator.dirty_at, &entry.phase) {
@@ -210,6 +215,10 @@ impl States {
             }
             return Vec::new();
         };
+        if entry.cannot_run && entry.is_durable() {
+            piece.into_iter().for_each(Piece::done);
+            return Vec::new();
+        }
         match &mut entry.phase {
             Phase::Idle => match entry.replicator.dirty_after {
                 Some(delay) => {
@@ -296,6 +305,25 @@ impl States {
                 actions
             }
         }
+    }
+
+    /// No engine can make what it asks for: what it owes stays in the document until somebody changes that.
+    pub fn cannot_run(&mut self, id: &Id, error: &str) -> Vec<Action> {
+        let Some(entry) = self.entries.get_mut(id) else { return Vec::new() };
+        entry.phase = Phase::Idle;
+        let error = shown(error, ERROR_CHARS_MAX);
+        entry.error = Some(error.as_str().into());
+        let mut pieces = std::mem::take(&mut entry.waiters);
+        pieces.append(&mut entry.next_waiters);
+        let mut actions = Vec::new();
+        match entry.is_durable() {
+            true => pieces.into_iter().for_each(Piece::done),
+            false => actions.push(save(id, entry, Change::Dirty, pieces)),
+        }
+        if !std::mem::replace(&mut entry.cannot_run, true) {
+            actions.push(Action::Log { id: id.clone(), line: Line::CannotRun { error } });
+        }
+        actions
     }
 
     fn succeeded(&mut self, now: SystemTime, id: &Id, again: bool) -> Vec<Action> {
@@ -465,6 +493,7 @@ impl Entry {
     fn state(&self) -> RunState {
         let has_started = || self.progress.as_ref().is_some_and(|progress| progress.has_started());
         let stage = match self.phase {
+            Phase::Idle if self.cannot_run => return RunState::Failed,
             Phase::Idle => Stage::Idle,
             Phase::Waiting { .. } => Stage::Waiting,
             Phase::Running { .. } if has_started() => Stage::Started,
@@ -742,6 +771,31 @@ mod tests {
         assert_eq!(status.counts.of(status.docs[0].state), 1);
         assert_eq!(status.counts, states.counts(&BTreeMap::new()));
         status.docs[0].clone()
+    }
+
+    #[test]
+    fn what_no_engine_can_make_fails_until_its_document_is_changed() {
+        let now = SystemTime::now();
+        for is_dirty in [true, false] {
+            let mut states = States::default();
+            states.document(&id(), &doc("r", "1-a", json!({ "dirty": is_dirty })));
+            let (mut pieces, mut kept) = Completion::of(1);
+            states.dirty(now, &id(), pieces.pop());
+            let actions = states.cannot_run(&id(), "`proxy` needs http://u:hush@h/");
+            let saves = actions.iter().filter(|action| matches!(action, Action::Save { change: Change::Dirty, .. })).count();
+            assert_eq!(saves, usize::from(!is_dirty), "what the document does not say yet");
+            confirm(&mut states, actions, "2-b");
+            assert_eq!(kept.try_recv(), Ok(()), "nobody waits for it: {is_dirty}");
+            let failed = only(&states);
+            assert_eq!((failed.state, failed.next_try_at, failed.error_count), (RunState::Failed, None, 0));
+            assert_eq!(failed.error.as_deref(), Some("`proxy` needs http://u:[redacted]@h/"));
+            assert!(states.dirty(now, &id(), None).is_empty(), "it is owed already");
+            assert!(states.tick(now + BACKOFF).is_empty() && states.next_due().is_none());
+            let actions = states.document(&id(), &doc("r", "3-c", json!({ "dirty": true })));
+            assert!(matches!(actions[..], [Action::Start(_)]), "somebody changed it: {actions:?}");
+            states.run_ended(now, &id(), Ok(()), |_| BACKOFF);
+            assert_eq!(only(&states).state, RunState::Completed);
+        }
     }
 
     fn did(docs_written: u64) -> Report {

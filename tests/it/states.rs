@@ -1,12 +1,13 @@
 //! What a replicator is doing can be seen, in the words of CouchDB's `_scheduler/docs`.
 
 use crate::support::process::one_shot;
-use crate::support::{Lab, SOON, Spiegel, eventually, tests_on};
+use crate::support::{Lab, SOON, Spiegel, eventually, stays, tests_on};
 use serde_json::{Value, json};
 use std::sync::Arc;
+use std::time::Duration;
 
 tests_on! {
-    every: [a_replicator_crashes_and_then_completes],
+    every: [a_replicator_crashes_and_then_completes, what_the_engine_cannot_do_fails_until_it_is_changed],
 }
 
 async fn replicators(spiegel: &Spiegel) -> Value {
@@ -76,4 +77,35 @@ async fn a_replicator_crashes_and_then_completes(lab: Arc<Lab>) {
     assert!(!printed(&lab, &spiegel, &[]).await.lines().any(|line| line.starts_with("copy ")));
     let table = printed(&lab, &spiegel, &["--all"]).await;
     assert!(table.lines().any(|line| line.starts_with("copy ") && line.contains("written")), "{table}");
+}
+
+async fn what_the_engine_cannot_do_fails_until_it_is_changed(lab: Arc<Lab>) {
+    lab.install().await;
+    let (source, target) = (lab.create("source").await, lab.create("target").await);
+    lab.couch.fill(&source, "d", 5).await;
+    let mut spiegel = lab.spiegel().await;
+    lab.replicator("copy", &source, &target, json!({ "engine": "native", "proxy": "http://proxy:3128" })).await;
+    for restarted in [false, true] {
+        if restarted {
+            spiegel.restart().await;
+        }
+        let failed =
+            eventually(SOON, "it fails", async || doc(&spiegel, "copy").await.filter(|doc| doc["state"] == "failed")).await;
+        assert_eq!(failed["info"]["error"], "`proxy` needs CouchDB's own replicator");
+        assert_eq!((&failed["error_count"], &failed["next_try"]), (&json!(0), &Value::Null), "{failed}");
+        // What is owed is in the document, and nothing tries again.
+        for more in 0..3 {
+            lab.couch.put(&source, &format!("more{restarted}{more}"), json!({})).await;
+        }
+        let still = async || doc(&spiegel, "copy").await.is_some_and(|doc| doc["state"] == "failed");
+        stays(Duration::from_secs(1), "it stays so", still).await;
+        // A document that does not say `false` is owed a run.
+        assert_ne!(lab.couch.get(&lab.spiegel_db(), "copy").await.expect("it is there")["dirty"], json!(false));
+    }
+    let told = spiegel.log().iter().filter(|line| line["level"] == "ERROR" && line.to_string().contains("proxy")).count();
+    assert_eq!(told, 2, "once for each start");
+    let mut doc = lab.couch.get(&lab.spiegel_db(), "copy").await.expect("it is there");
+    doc.as_object_mut().expect("an object").shift_remove("proxy");
+    lab.couch.put(&lab.spiegel_db(), "copy", doc).await;
+    eventually(SOON, "all are there", async || (lab.couch.all(&target).await.len() == 11).then_some(())).await;
 }
