@@ -133,7 +133,7 @@ fn parts(text: &str) -> impl Iterator<Item = &str> {
 
 /// ASCII: what lies beyond is read differently by different receivers. Marked sensitive, so that no library prints it.
 fn header_value(text: &str) -> Option<HeaderValue> {
-    let mut value = HeaderValue::from_str(text).ok()?;
+    let mut value = HeaderValue::from_str(text).ok().filter(|_| text.is_ascii())?;
     value.set_sensitive(true);
     Some(value)
 }
