@@ -74,7 +74,8 @@ async fn write(lab: &Lab, db: &str, ids: &[&str]) {
 
 /// The ids and revisions of one document's requests at `path`, accepted or not.
 fn requests_for(lab: &Lab, path: &str, doc: &str) -> Vec<(String, String, u16)> {
-    let of_doc = lab.receiver.requests_at(path).into_iter().filter(|request| request.doc_id() == doc && request.answered.is_some());
+    let of_doc =
+        lab.receiver.requests_at(path).into_iter().filter(|request| request.doc_id() == doc && request.answered.is_some());
     of_doc
         .map(|request| {
             let rev = request.body["change"]["_rev"].as_str().unwrap_or_default().to_string();

@@ -73,9 +73,13 @@ async fn state_of(lab: &Lab, rule: &str, db: &str, doc: &str) -> Value {
 
 async fn states(lab: &Lab) -> Vec<String> {
     let mut states = Vec::new();
-    for (rule, db, doc) in
-        [("mail", "user_a", "1"), ("mail", "user_a", "2"), ("mail", "user_b", "1"), ("sms", "user_a", "1"), ("old", "user_a", "1")]
-    {
+    for (rule, db, doc) in [
+        ("mail", "user_a", "1"),
+        ("mail", "user_a", "2"),
+        ("mail", "user_b", "1"),
+        ("sms", "user_a", "1"),
+        ("old", "user_a", "1"),
+    ] {
         states.push(state_of(lab, rule, db, doc).await["state"].as_str().expect("text").to_string());
     }
     states
@@ -152,7 +156,9 @@ async fn without_a_delivery_every_command_says_so(lab: Arc<Lab>) {
 async fn a_list_shows_what_matches(lab: Arc<Lab>) {
     fill(&lab).await;
     let all = lab.run(&["deliveries", "list"]).await.text;
-    for text in ["mail", "sms", "user_b", "503", "answered no", "deliveries: 3 parked, 1 dead, 1 dropped", "gone/rule", "answered 410"] {
+    for text in
+        ["mail", "sms", "user_b", "503", "answered no", "deliveries: 3 parked, 1 dead, 1 dropped", "gone/rule", "answered 410"]
+    {
         assert!(all.contains(text), "{text} is not in\n{all}");
     }
     assert!(all.contains("2030-01-31T12:00:00.000Z") && all.contains("2026-01-31T12:00:00.000Z"), "{all}");

@@ -126,7 +126,8 @@ async fn no_position_is_ahead(lab: &Lab, db: &str, accepted: &Accepted) {
 }
 
 async fn rows(lab: &Lab, db: &str, since: &str) -> BTreeMap<String, u64> {
-    let path = format!("{db}/_changes?since={}", percent_encoding::utf8_percent_encode(since, percent_encoding::NON_ALPHANUMERIC));
+    let path =
+        format!("{db}/_changes?since={}", percent_encoding::utf8_percent_encode(since, percent_encoding::NON_ALPHANUMERIC));
     let page = lab.couch.ask(reqwest::Method::GET, &path, None).await.1;
     let rows = page["results"].as_array().cloned().unwrap_or_default();
     let row = |row: Value| {
