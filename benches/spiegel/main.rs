@@ -93,6 +93,8 @@ enum Row {
     Requests,
     /// Webhooks a second from one database with many changes
     Catchup,
+    /// Which of a thousand rules a change concerns, in this process
+    Matching,
     /// Resident memory with many idle databases
     Memory,
     /// CPU with many idle databases
@@ -145,6 +147,7 @@ async fn measure(bench: &Bench, args: &Args) -> anyhow::Result<()> {
             }
             Row::Requests => rows::requests::measure(bench).await.context("requests")?,
             Row::Catchup => rows::catchup::measure(bench, args.documents).await.context("catchup")?,
+            Row::Matching => rows::matching::measure(bench).context("matching")?,
             // Both need the same thousand databases, which take longest to make.
             Row::Memory => rows::idle::measure(bench, args.databases, true, wanted(Row::Idle)).await.context("memory")?,
             Row::Idle if wanted(Row::Memory) => {}

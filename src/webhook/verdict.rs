@@ -24,16 +24,9 @@ pub fn of_answer(status: StatusCode, headers: &HeaderMap, retry_on: Option<&[Sta
         200..=299 => return Ok(()),
         408 | 429 | 500..=599 => Verdict::Retry { after: retry_after(headers, now).map(|after| after.min(RETRY_AFTER_MAX)) },
         410 => Verdict::Gone,
-        status if retry_on.is_none_or(|listed| listed.iter().any(|statuses| covers(*statuses, status))) => Verdict::Later,
+        status if retry_on.is_none_or(|listed| listed.iter().any(|statuses| statuses.contains(status))) => Verdict::Later,
         _ => Verdict::GiveUp,
     })
-}
-
-fn covers(statuses: Statuses, status: u16) -> bool {
-    match statuses {
-        Statuses::Class(hundreds) => status / 100 == hundreds,
-        Statuses::One(one) => status == one,
-    }
 }
 
 /// For the metric of outcomes.
