@@ -148,6 +148,14 @@ impl Couch {
         Ok(self.ask(Method::GET, db, None).await?["doc_count"].as_u64().unwrap_or_default())
     }
 
+    pub async fn changes_with_docs(&self, db: &str) -> anyhow::Result<Vec<Value>> {
+        let mut page = self.ask(Method::GET, &format!("{db}/_changes?include_docs=true"), None).await?;
+        match page["results"].take() {
+            Value::Array(rows) => Ok(rows),
+            other => bail!("no rows of changes: {other}"),
+        }
+    }
+
     pub async fn last_seq(&self, db: &str) -> anyhow::Result<String> {
         let page = self.ask(Method::GET, &format!("{db}/_changes?since=now"), None).await?;
         Ok(page["last_seq"].as_str().context("a feed without last_seq")?.to_string())

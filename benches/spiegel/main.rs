@@ -24,6 +24,11 @@ use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 use tokio::signal::unix::{SignalKind, signal};
 
+/// As the program has it: `deliveries` runs a part of it in here.
+#[cfg(not(target_env = "msvc"))]
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 #[derive(Debug, Parser)]
 #[command(name = "spiegel-bench", about = "Measures Spiegel against a real CouchDB, one JSON line a row")]
 struct Args {
@@ -36,7 +41,7 @@ struct Args {
     /// Which rows, in the order in which they run
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = Row::value_variants().to_vec())]
     rows: Vec<Row>,
-    /// Documents of the catch-up
+    /// Documents of `catchup` and `deliveries`
     #[arg(long, default_value_t = 20_000)]
     documents: usize,
     /// Databases that `memory` and `idle` know
@@ -45,7 +50,7 @@ struct Args {
     /// Who replicates, for the rows that put several side by side
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = Side::value_variants().to_vec())]
     sides: Vec<Side>,
-    /// Rounds of `fanin`, `fanout` and `bulk`
+    /// Rounds of `fanin`, `fanout`, `bulk` and `deliveries`
     #[arg(long, default_value_t = 5)]
     rounds: usize,
     /// Databases of `fanin` that change at the same moment
@@ -93,6 +98,8 @@ enum Row {
     Requests,
     /// Webhooks a second from one database with many changes
     Catchup,
+    /// The same without CouchDB: from changes that were read already, plain and signed
+    Deliveries,
     /// Which of a thousand rules a change concerns, in this process
     Matching,
     /// Resident memory with many idle databases
@@ -146,6 +153,9 @@ async fn measure(bench: &Bench, args: &Args) -> anyhow::Result<()> {
                 rows::many::measure(bench, size).await.context("many")?;
             }
             Row::Requests => rows::requests::measure(bench).await.context("requests")?,
+            Row::Deliveries => {
+                rows::deliveries::measure(bench, args.documents, args.rounds).await.context("deliveries")?;
+            }
             Row::Catchup => rows::catchup::measure(bench, args.documents).await.context("catchup")?,
             Row::Matching => rows::matching::measure(bench).context("matching")?,
             // Both need the same thousand databases, which take longest to make.

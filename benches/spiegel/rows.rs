@@ -3,6 +3,7 @@
 pub mod attachment;
 pub mod bulk;
 pub mod catchup;
+pub mod deliveries;
 pub mod fanin;
 pub mod fanout;
 pub mod idle;

@@ -11,13 +11,15 @@ pub const OTHER: &str = "other";
 /// A label's value is no place for a long text.
 const LABEL_CHARS_MAX: usize = 128;
 
+type Make<T> = Box<dyn Fn(&str, &str) -> T + Send + Sync>;
+
 /// One `T` for each pair of names that is kept apart.
 pub struct BoundedLabels<T> {
     pairs_max: usize,
     /// Of those whose pair came too late.
     firsts_max: usize,
     known: RwLock<Known<T>>,
-    make: Box<dyn Fn(&str, &str) -> T + Send + Sync>,
+    make: Make<T>,
 }
 
 struct Known<T> {

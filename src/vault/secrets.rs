@@ -194,7 +194,7 @@ mod tests {
         ] {
             let error = vault(&serde_json::json!({ "entry": value }).to_string()).expect_err(&value.to_string());
             let text = format!("{error} {error:?}");
-            assert!(error.to_string().contains(&format!("the secrets file: \"entry\"")) && text.contains(fault), "{text}");
+            assert!(error.to_string().contains("the secrets file: \"entry\"") && text.contains(fault), "{text}");
             assert!(!text.contains("s3cret") && !text.contains("BwcH"), "{text}");
         }
         for file in ["[]", "nonsense s3cret", "{"] {

@@ -24,6 +24,8 @@ const QUERY: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.'
 /// No server takes more, and a document sent as a query could be of any size.
 const URL_BYTES_MAX: usize = 1024 * 1024;
 
+pub type Headers = Vec<(HeaderName, HeaderValue)>;
+
 /// A request that is ready to be sent. Its `Debug` shows no body: a document may be large, and is not ours to print.
 #[derive(Clone)]
 pub struct WebhookRequest {
@@ -32,7 +34,7 @@ pub struct WebhookRequest {
     pub url: Url,
     pub credentials: Option<Credentials>,
     /// The rule's own, its secrets among them.
-    pub headers: Vec<(HeaderName, HeaderValue)>,
+    pub headers: Headers,
     /// None: JSON's.
     pub content_type: Option<HeaderValue>,
     /// Each of them signs; empty where the rule wants no signature.
@@ -106,7 +108,7 @@ pub fn build(rendered: Rendered, handling: &Handling, vault: &Vault) -> Result<W
 }
 
 /// What is the same in each request of a rule: the keys that sign, and its headers. Its errors concern the rule.
-pub fn of_rule(handling: &Handling, vault: &Vault) -> Result<(Arc<[SigningKey]>, Vec<(HeaderName, HeaderValue)>), RequestError> {
+pub fn of_rule(handling: &Handling, vault: &Vault) -> Result<(Arc<[SigningKey]>, Headers), RequestError> {
     let signing = handling.secret.as_deref().map(|name| vault.signing(name)).transpose()?.unwrap_or_default();
     let headers: Result<Vec<_>, RequestError> = handling.headers.iter().map(|header| own_header(header, vault)).collect();
     Ok((signing, headers?))
