@@ -12,8 +12,8 @@ pub use login::Login;
 pub use operations::{Order, Refusal, What};
 
 use crate::telemetry::Metrics;
-use axum::extract::connect_info::Connected;
 use axum::extract::State;
+use axum::extract::connect_info::Connected;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};

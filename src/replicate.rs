@@ -197,7 +197,7 @@ impl ReplicateError {
         match self {
             ReplicateError::Missing { .. } | ReplicateError::Unauthorized(_) => Verdict::GiveUp,
             ReplicateError::Unreachable(_) | ReplicateError::OutOfReach(_) => Verdict::Retry { after: None },
-            ReplicateError::Other { verdict, .. } => verdict.clone(),
+            ReplicateError::Other { verdict, .. } => *verdict,
         }
     }
 

@@ -6,6 +6,7 @@
 //!
 //! Time and bytes are bounded whatever the receiver does, and its answer goes on only as a short, redacted excerpt.
 
+pub mod batch;
 pub mod delivery;
 pub mod guard;
 pub mod request;
@@ -18,9 +19,10 @@ pub use request::WebhookRequest;
 use crate::config::WebhookSettings;
 use crate::job::{Answer, DbName, Verdict};
 use crate::schedule::{Attempt, Backoff, BreakerSettings, Dispatcher, DispatcherSettings, Failure, Perform, Spec, Step, Worker};
-use crate::telemetry::{Metrics, OutcomeLabels};
+use crate::telemetry::{Metrics, OutcomeLabels, StateLabels};
 use crate::vault::{Credentials, Vault};
 use anyhow::Context;
+use batch::Gathered;
 use futures_util::future::BoxFuture;
 use guard::{Guard, Lookup};
 use reqwest::header::{ACCEPT, AUTHORIZATION, HeaderMap, HeaderName, HeaderValue, USER_AGENT};
@@ -63,12 +65,14 @@ pub struct Delivery {
     pub request: WebhookRequest,
     pub order_key: u64,
     pub coalesce_key: Option<u64>,
+    /// What it carries, where its rule has batches: the id and the body that are sent are made of it.
+    pub gathered: Option<Gathered>,
 }
 
 /// Leaves out the request: its URL and body belong to the user.
 impl fmt::Debug for Delivery {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { id, rule_id, db, request, order_key, coalesce_key } = self;
+        let Self { id, rule_id, db, request, order_key, coalesce_key, gathered: _ } = self;
         f.debug_struct("Delivery")
             .field("id", id)
             .field("rule_id", rule_id)
@@ -92,6 +96,22 @@ impl Spec for Delivery {
 
     fn coalesce_key(&self) -> Option<u64> {
         self.coalesce_key
+    }
+
+    fn gathers(&self) -> bool {
+        self.gathered.is_some()
+    }
+
+    fn fold(this: &mut Arc<Self>, newer: Arc<Self>) -> Result<(), Arc<Self>> {
+        batch::fold(this, newer)
+    }
+
+    fn linger(&self) -> Duration {
+        self.gathered.as_ref().map_or(Duration::ZERO, |gathered| gathered.batch.within)
+    }
+
+    fn is_full(&self) -> bool {
+        self.gathered.as_ref().is_some_and(Gathered::is_full)
     }
 }
 
@@ -170,7 +190,7 @@ impl Perform for HttpSender {
         let sender = self.0.clone();
         Box::pin(async move {
             let started = Instant::now();
-            let Report { status, outcome, result } = sender.attempt(&delivery).await;
+            let Report { status, outcome, result } = sender.attempt(&batch::assembled(&delivery)).await;
             let (metrics, seconds) = (&sender.metrics, started.elapsed().as_secs_f64());
             metrics.webhook_duration_seconds.observe(seconds);
             metrics.webhook_deliveries.get_or_create(&OutcomeLabels { outcome }).inc();
@@ -190,6 +210,12 @@ impl Perform for HttpSender {
 
     fn coalesced(&self) {
         self.0.metrics.webhook_coalesced.inc();
+    }
+
+    fn breakers(&self, open: usize, half_open: usize) {
+        for (state, count) in [("open", open), ("half_open", half_open)] {
+            self.0.metrics.webhook_breakers.get_or_create(&StateLabels { state }).set(count as i64);
+        }
     }
 }
 

@@ -100,6 +100,8 @@ enum Row {
     Catchup,
     /// The same without CouchDB: from changes that were read already, plain and signed
     Deliveries,
+    /// Which of a thousand rules a change concerns, in this process
+    Matching,
     /// Resident memory with many idle databases
     Memory,
     /// CPU with many idle databases
@@ -155,6 +157,7 @@ async fn measure(bench: &Bench, args: &Args) -> anyhow::Result<()> {
                 rows::deliveries::measure(bench, args.documents, args.rounds).await.context("deliveries")?;
             }
             Row::Catchup => rows::catchup::measure(bench, args.documents).await.context("catchup")?,
+            Row::Matching => rows::matching::measure(bench).context("matching")?,
             // Both need the same thousand databases, which take longest to make.
             Row::Memory => rows::idle::measure(bench, args.databases, true, wanted(Row::Idle)).await.context("memory")?,
             Row::Idle if wanted(Row::Memory) => {}

@@ -8,6 +8,7 @@ pub mod fanin;
 pub mod fanout;
 pub mod idle;
 pub mod many;
+pub mod matching;
 pub mod replicate;
 pub mod requests;
 pub mod webhook;

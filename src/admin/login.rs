@@ -88,9 +88,10 @@ impl Login {
         let peer = network(peer);
         let credentials = match shown {
             Shown::Token(shown) => {
-                let is_right = self.token.as_ref().is_some_and(|token| {
-                    is_same(token.expose_secret().as_bytes(), shown.expose_secret().as_bytes())
-                });
+                let is_right = self
+                    .token
+                    .as_ref()
+                    .is_some_and(|token| is_same(token.expose_secret().as_bytes(), shown.expose_secret().as_bytes()));
                 // One who has it is let in however many others guess from the same address.
                 return match is_right {
                     true => Ok(String::from("the admin token")),

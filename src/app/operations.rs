@@ -9,8 +9,9 @@ use crate::deliveries::operate::{Bound, Desk, Enabled};
 use crate::deliveries::parked::Key;
 use crate::deliveries::select::{Action, KeyPrefix, Wishes};
 use crate::rules::rule::Rule;
-use crate::vault::{Vault, redact_text};
+use crate::vault::{SecretError, Vault, redact_text};
 use axum::http::StatusCode;
+use secrecy::SecretString;
 use serde_json::{Value, json};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -22,7 +23,18 @@ const ACT_FOR: Duration = Duration::from_secs(20);
 
 const FILTER: [&str; 5] = ["rule", "db", "doc", "state", "status"];
 
-pub(super) fn login(couch: &Couch) -> Login {
+/// The vault's secret that opens the admin API.
+const ADMIN_TOKEN: &str = "admin_token";
+
+pub(super) fn login(couch: &Couch, vault: &Vault) -> Login {
+    let token = match vault.header(ADMIN_TOKEN) {
+        Ok(token) => token.to_str().ok().map(SecretString::from),
+        Err(SecretError::Missing(_)) => None,
+        Err(error) => {
+            tracing::warn!(%error, "there is no token for the admin API");
+            None
+        }
+    };
     let couch = couch.clone();
     let check: Check = Box::new(move |credentials| {
         let couch = couch.clone();
@@ -31,7 +43,7 @@ pub(super) fn login(couch: &Couch) -> Login {
             couch.standing(&credentials).await.map_err(unavailable)
         })
     });
-    Login::new(check, None)
+    Login::new(check, token)
 }
 
 pub(super) fn operate(world: &Arc<World>) -> Operate {

@@ -19,7 +19,7 @@ pub(super) fn pages(world: &Arc<World>) -> Pages {
             Box::pin(async move { status(&world, replicators(&world).await) })
         }),
         operate: operations::operate(world),
-        login: Arc::new(operations::login(&world.couch)),
+        login: Arc::new(operations::login(&world.couch, &world.vault)),
     }
 }
 

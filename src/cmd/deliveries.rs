@@ -183,7 +183,8 @@ async fn list_json(desk: &Desk, filter: &Filter, limit: usize, out: &mut impl Wr
 }
 
 async fn list_table(desk: &Desk, filter: &Filter, limit: usize, out: &mut impl Write) -> Result<(), CouchError> {
-    let mut table = Table::new(["key", "rule", "database", "document", "state", "attempts", "status", "next try or end", "error"]);
+    let mut table =
+        Table::new(["key", "rule", "database", "document", "state", "attempts", "status", "next try or end", "error"]);
     let (mut after, mut counts, mut shown) = (None, Counts::default(), 0);
     while let Some((docs, last)) = next_page(desk, filter, after).await? {
         docs.iter().for_each(|(parked, _)| counts.add(parked));

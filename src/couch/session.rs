@@ -98,7 +98,8 @@ mod tests {
 
     #[test]
     fn equal_texts_are_the_same() {
-        for (one, other, expected) in [("", "", true), ("a", "a", true), ("a", "b", false), ("a", "aa", false), ("", "a", false)] {
+        for (one, other, expected) in [("", "", true), ("a", "a", true), ("a", "b", false), ("a", "aa", false), ("", "a", false)]
+        {
             assert_eq!(is_same(one.as_bytes(), other.as_bytes()), expected, "{one:?} {other:?}");
         }
     }

@@ -390,7 +390,13 @@ impl Tries {
 }
 
 /// When else, where its rule cannot be applied now.
-fn not_now(entry: &Entry, snapshot: &Snapshot, disabled: &[(String, String)], breakers: &Breakers, now: SystemTime) -> Option<SystemTime> {
+fn not_now(
+    entry: &Entry,
+    snapshot: &Snapshot,
+    disabled: &[(String, String)],
+    breakers: &Breakers,
+    now: SystemTime,
+) -> Option<SystemTime> {
     let later = Some(now + NOT_NOW);
     let Some(rule) = snapshot.rule(&entry.rule) else { return later };
     let is_disabled = disabled.iter().any(|(id, rev)| *id == *rule.id && *rev == rule.rev);

@@ -128,7 +128,10 @@ mod tests {
         });
         assert_eq!(deliveries_json(&index), expected);
         assert_eq!(counts.line(), "3 parked, 1 dead, 1 dropped");
-        assert_eq!((counts.disables("gone", "1-b"), counts.disables("gone", "2-c"), counts.disables("mail", "")), (true, false, false));
+        assert_eq!(
+            (counts.disables("gone", "1-b"), counts.disables("gone", "2-c"), counts.disables("mail", "")),
+            (true, false, false)
+        );
         assert_eq!((counts.all(), counts.parked_of("mail"), counts.parked_of("old")), (5, 2, 0));
     }
 

@@ -52,7 +52,8 @@ pub struct Index {
     pairs: HashMap<Arc<str>, HashMap<DbName, usize>>,
     counts: [usize; 3],
     parked_of_rule: HashMap<Arc<str>, usize>,
-    reserved: usize,
+    /// Places for those that are being written, of each rule in each database.
+    reserved: HashMap<(Arc<str>, DbName), usize>,
     disabled: HashMap<Arc<str>, Disabled>,
     /// How often a rule was enabled again while we live.
     enabled: HashMap<Arc<str>, u64>,
@@ -74,13 +75,6 @@ impl Index {
         self.is_loaded = true;
     }
 
-    /// The database is read anew. What was accepted stays true.
-    pub fn clear(&mut self) {
-        let (accepted, order) = (std::mem::take(&mut self.accepted), std::mem::take(&mut self.accepted_order));
-        let enabled = std::mem::take(&mut self.enabled);
-        *self = Self { is_loaded: false, accepted, accepted_order: order, enabled, ..Self::default() };
-    }
-
     /// `received` is when the page with the change had been read.
     pub fn standing(&self, key: &Key, received: Instant) -> Standing {
         match self.entries.get(key) {
@@ -95,16 +89,26 @@ impl Index {
     }
 
     /// A place for one more, to be given back by `unreserve` once it is written or was not.
-    pub fn reserve(&mut self, key: &Key, rule: &str, db: &str, bounds: Bounds) -> bool {
+    pub fn reserve(&mut self, key: &Key, rule: &Arc<str>, db: &DbName, bounds: Bounds) -> bool {
+        let reserved: usize = self.reserved.values().sum();
+        let place = self.reserved.get(&(rule.clone(), db.clone())).copied().unwrap_or(0);
         let of_pair = self.pairs.get(rule).and_then(|dbs| dbs.get(db)).copied().unwrap_or(0);
         let has_room = self.entries.contains_key(key)
-            || (self.entries.len() + self.reserved < bounds.all && of_pair < bounds.per_rule_and_database);
-        self.reserved += usize::from(has_room);
+            || (self.entries.len() + reserved < bounds.all && of_pair + place < bounds.per_rule_and_database);
+        if has_room {
+            *self.reserved.entry((rule.clone(), db.clone())).or_default() += 1;
+        }
         has_room
     }
 
-    pub fn unreserve(&mut self) {
-        self.reserved = self.reserved.saturating_sub(1);
+    pub fn unreserve(&mut self, rule: &Arc<str>, db: &DbName) {
+        let pair = (rule.clone(), db.clone());
+        if let Some(places) = self.reserved.get_mut(&pair) {
+            *places -= 1;
+            if *places == 0 {
+                self.reserved.remove(&pair);
+            }
+        }
     }
 
     /// Takes in a document as it is in the database now. True where it is the first parked one of its rule.
@@ -396,21 +400,24 @@ mod tests {
     #[test]
     fn bounds_hold_and_what_is_there_is_always_welcome() {
         let mut index = Index::default();
+        let (rule, db, other): (Arc<str>, DbName, DbName) = ("r".into(), "db".into(), "x".into());
         let key = |doc_id: &str| Key::of("r", "db", doc_id);
         for doc_id in ["a", "b", "c"] {
-            assert!(index.reserve(&key(doc_id), "r", "db", BOUNDS));
-            index.put(&parked("r", "db", doc_id, 1));
-            index.unreserve();
+            assert!(index.reserve(&key(doc_id), &rule, &db, BOUNDS), "{doc_id}");
         }
-        assert!(!index.reserve(&key("d"), "r", "db", BOUNDS), "of one rule in one database");
-        assert!(index.reserve(&key("a"), "r", "db", BOUNDS), "a newer change of one that is there");
-        index.unreserve();
-        assert!(index.reserve(&Key::of("r", "x", "1"), "r", "x", BOUNDS));
-        assert!(index.reserve(&Key::of("r", "x", "2"), "r", "x", BOUNDS));
-        assert!(!index.reserve(&Key::of("r", "x", "3"), "r", "x", BOUNDS), "of all, those under way too");
-        index.unreserve();
+        assert!(!index.reserve(&key("d"), &rule, &db, BOUNDS), "of one rule in one database, those under way too");
+        for doc_id in ["a", "b", "c"] {
+            index.put(&parked("r", "db", doc_id, 1));
+            index.unreserve(&rule, &db);
+        }
+        assert!(!index.reserve(&key("d"), &rule, &db, BOUNDS), "of one rule in one database");
+        assert!(index.reserve(&key("a"), &rule, &db, BOUNDS), "a newer change of one that is there");
+        index.unreserve(&rule, &db);
+        assert!(index.reserve(&Key::of("r", "x", "1"), &rule, &other, BOUNDS));
+        assert!(index.reserve(&Key::of("r", "x", "2"), &rule, &other, BOUNDS));
+        assert!(!index.reserve(&Key::of("r", "x", "3"), &rule, &other, BOUNDS), "of all, those under way too");
         index.forget(&key("a"));
-        assert!(index.reserve(&Key::of("r", "x", "3"), "r", "x", BOUNDS));
+        assert!(index.reserve(&Key::of("r", "x", "3"), &rule, &other, BOUNDS));
     }
 
     #[test]
@@ -460,8 +467,6 @@ mod tests {
         assert!(index.is_disabled("r", "2-b") && !index.is_disabled("r", "3-c") && !index.is_disabled("s", "2-b"));
         assert!(index.enable("r") && !index.enable("r"));
         assert_eq!(index.times_enabled("r"), 1);
-        index.clear();
-        assert_eq!(index.times_enabled("r"), 1, "whoever was held must still learn of it");
     }
 
     #[test]

@@ -38,7 +38,7 @@ impl Deliveries {
             return false;
         }
         let written = self.write(key, owed).await;
-        self.book.index().unreserve();
+        self.book.index().unreserve(&owed.rule.id, &owed.db);
         written
     }
 

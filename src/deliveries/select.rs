@@ -121,7 +121,9 @@ impl FromStr for KeyPrefix {
         let is_hex = digits.bytes().all(|byte| byte.is_ascii_hexdigit());
         match is_hex && (DIGITS_MIN..=DIGITS).contains(&digits.len()) {
             true => Ok(Self(format!("{DELIVERY}{}", digits.to_ascii_lowercase()))),
-            false => Err(format!("must be a delivery's key as `list` shows it: {DIGITS_MIN} to {DIGITS} digits and letters up to f")),
+            false => {
+                Err(format!("must be a delivery's key as `list` shows it: {DIGITS_MIN} to {DIGITS} digits and letters up to f"))
+            }
         }
     }
 }
@@ -274,8 +276,23 @@ mod tests {
     #[test]
     fn a_slip_is_an_error_and_never_a_wider_wish() {
         for text in [
-            "stat=dead", "rule=", "rule=a&rule=b", "state=Dead", "status=5", "status=5x", "status=9xx", "status=+50", "status=",
-            "limit=0", "limit=1001", "limit=-1", "after=x", "after=delivery:abcdef", "new_id=yes", "all=1", "RULE=a",
+            "stat=dead",
+            "rule=",
+            "rule=a&rule=b",
+            "state=Dead",
+            "status=5",
+            "status=5x",
+            "status=9xx",
+            "status=+50",
+            "status=",
+            "limit=0",
+            "limit=1001",
+            "limit=-1",
+            "after=x",
+            "after=delivery:abcdef",
+            "new_id=yes",
+            "all=1",
+            "RULE=a",
         ] {
             assert!(query(text).is_err(), "{text}");
         }
@@ -283,7 +300,9 @@ mod tests {
 
     #[test]
     fn only_rules_without_other_wishes_list_disabled_ones() {
-        for (text, expected) in [("", true), ("rule=mail", true), ("rule=other", false), ("db=user_a", false), ("state=dead", false)] {
+        for (text, expected) in
+            [("", true), ("rule=mail", true), ("rule=other", false), ("db=user_a", false), ("state=dead", false)]
+        {
             assert_eq!(query(text).expect("legal").filter.matches_disabled("mail"), expected, "{text}");
         }
     }

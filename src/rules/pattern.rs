@@ -9,6 +9,7 @@
 
 mod translate;
 
+use std::borrow::Cow;
 use translate::translate;
 
 /// No rule that a person wrote comes near it; a generated alternation of a few hundred names still fits.
@@ -46,6 +47,7 @@ pub struct Pattern {
 
 #[derive(Debug, Clone)]
 enum Engine {
+    Word(Word),
     Linear(regex::Regex),
     Backtracking(fancy_regex::Regex),
 }
@@ -54,6 +56,9 @@ impl Pattern {
     /// As `new RegExp(js_source)`.
     pub fn compile(js_source: &str) -> Result<Self, PatternError> {
         refuse_long(js_source)?;
+        if let Some(word) = Word::of(js_source) {
+            return Ok(Self { source: js_source.to_string(), engine: Engine::Word(word) });
+        }
         let translated = translate(js_source)?;
         let engine = match translated.needs_backtracking {
             false => linear(&translated.text)?,
@@ -76,6 +81,7 @@ impl Pattern {
     /// look-around or back-references can; a caller that must miss nothing takes that for a match.
     pub fn is_match(&self, text: &str) -> Result<bool, PatternError> {
         match &self.engine {
+            Engine::Word(word) => Ok(word.is_match(text)),
             Engine::Linear(regex) => Ok(regex.is_match(text)),
             Engine::Backtracking(_) if text.len() > BACKTRACK_TEXT_BYTES_MAX => Err(PatternError::TooMuchEffort),
             Engine::Backtracking(regex) => regex.is_match(text).map_err(|_| PatternError::TooMuchEffort),
@@ -95,6 +101,38 @@ impl Pattern {
     /// True where the bounded engine works: such a pattern costs more for each name.
     pub fn is_backtracking(&self) -> bool {
         matches!(self.engine, Engine::Backtracking(_))
+    }
+}
+
+/// `^post$` and its like, which most patterns are: no engine is as quick, and a thousand engines fit into no cache.
+#[derive(Debug, Clone)]
+struct Word {
+    text: String,
+    at_start: bool,
+    at_end: bool,
+}
+
+impl Word {
+    fn of(js_source: &str) -> Option<Self> {
+        let (at_start, rest) = js_source.strip_prefix('^').map_or((false, js_source), |rest| (true, rest));
+        let (at_end, text) = rest.strip_suffix('$').map_or((false, rest), |text| (true, text));
+        let is_plain = |c: char| c.is_alphanumeric() || matches!(c, '_' | '-' | ' ' | ':' | '@' | '/');
+        (!text.is_empty() && text.chars().all(is_plain)).then(|| Self { text: text.to_string(), at_start, at_end })
+    }
+
+    fn is_match(&self, text: &str) -> bool {
+        match (self.at_start, self.at_end) {
+            (true, true) => text == self.text,
+            (true, false) => text.starts_with(&self.text),
+            (false, true) => text.ends_with(&self.text),
+            (false, false) => text.contains(&self.text),
+        }
+    }
+
+    /// The same for an engine that tests many.
+    fn regex_text(&self) -> String {
+        let (start, end) = (if self.at_start { "^" } else { "" }, if self.at_end { "$" } else { "" });
+        format!("{start}{}{end}", regex::escape(&self.text))
     }
 }
 
@@ -149,11 +187,12 @@ impl PatternSet {
         let mut singles = Vec::new();
         for (position, pattern) in patterns.into_iter().enumerate() {
             match &pattern.engine {
-                Engine::Linear(regex) => together.push((position, pattern, regex.as_str())),
+                Engine::Word(word) => together.push((position, pattern, Cow::Owned(word.regex_text()))),
+                Engine::Linear(regex) => together.push((position, pattern, Cow::Borrowed(regex.as_str()))),
                 Engine::Backtracking(_) => singles.push((position, pattern.clone())),
             }
         }
-        let texts = together.iter().map(|(_, _, text)| *text);
+        let texts = together.iter().map(|(_, _, text)| text.as_ref());
         match regex::RegexSetBuilder::new(texts).size_limit(SET_BYTES_MAX).dfa_size_limit(8 * 1024 * 1024).build() {
             Ok(set) => Self { set, set_positions: together.iter().map(|(position, ..)| *position).collect(), singles },
             // Each is fine alone, together they are too large.
@@ -282,6 +321,27 @@ mod tests {
     }
 
     #[test]
+    fn a_plain_word_needs_no_engine() {
+        for (source, is_word) in [
+            ("^post$", true),
+            ("post", true),
+            ("^user_", true),
+            ("é-1 a:b@c/d", true),
+            ("", false),
+            ("^$", false),
+            ("a.b", false),
+            ("a|b", false),
+            ("a\\/b", false),
+            ("a$b", false),
+            ("^^a", false),
+            ("a$$", false),
+            ("(a)", false),
+        ] {
+            assert_eq!(Word::of(source).is_some(), is_word, "{source}");
+        }
+    }
+
+    #[test]
     fn what_javascript_refuses_is_refused_with_a_reason() {
         for (source, reason) in [
             ("(", "not closed"),
@@ -376,6 +436,16 @@ mod tests {
                 Err(PatternError::Unsupported(reason)) => prop_assert!(false, "{reason}"),
                 Err(_) => {}
             }
+        }
+
+        #[test]
+        fn a_word_is_what_the_engine_finds(start in "\\^?", word in "[ab_/ -]{1,3}", end in "\\$?", text in "[ab_/ \n-]{0,5}") {
+            let source = format!("{start}{word}{end}");
+            let engine = regex::Regex::new(&translate(&source).unwrap().text).unwrap();
+            let pattern = Pattern::compile(&source).unwrap();
+            prop_assert!(matches!(pattern.engine, Engine::Word(_)));
+            prop_assert_eq!(pattern.is_match(&text), Ok(engine.is_match(&text)));
+            prop_assert_eq!(PatternSet::new([&pattern]).any(&text), engine.is_match(&text));
         }
 
         #[test]

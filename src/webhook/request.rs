@@ -177,12 +177,20 @@ impl WebhookRequest {
     /// Equal for requests that are one to their receiver: method, final URL and params (bug 13: the original took the URL
     /// before its variables were filled in), headers, and whether they are signed.
     pub fn debounce_key(&self) -> u128 {
+        self.key(self.body.as_deref().unwrap_or_default())
+    }
+
+    /// Equal for requests of one rule that may be items of one: all but the params is the same.
+    pub fn batch_key(&self, rule_id: &str) -> u128 {
+        self.key(rule_id.as_bytes())
+    }
+
+    fn key(&self, of_whom: &[u8]) -> u128 {
         let user = self.credentials.as_ref().map_or("", |credentials| credentials.user.as_str());
-        let body = self.body.as_deref().unwrap_or_default();
         let content_type = self.content_type.as_ref().map(HeaderValue::as_bytes).unwrap_or_default();
         // Equal keys sign the empty text alike.
         let signature = super::sign::signature(&self.signing, "", "", b"");
-        let mut parts = vec![self.method.as_str().as_bytes(), self.url.as_str().as_bytes(), user.as_bytes(), body];
+        let mut parts = vec![self.method.as_str().as_bytes(), self.url.as_str().as_bytes(), user.as_bytes(), of_whom];
         parts.extend([content_type, signature.as_bytes()]);
         parts.extend(self.headers.iter().flat_map(|(name, value)| [name.as_str().as_bytes(), value.as_bytes()]));
         first_bytes(&digest(parts)).iter().fold(0, |key, byte| key << 8 | u128::from(*byte))
@@ -199,6 +207,11 @@ pub fn order_key(rule_id: &str, db: &str, doc_id: &str) -> u64 {
 pub fn webhook_id(rule_id: &str, db: &str, instance_start_time: &str, doc_id: &str, rev: &str) -> String {
     let digest = digest([rule_id, db, instance_start_time, doc_id, rev].map(str::as_bytes));
     format!("msg_{}", base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(digest))
+}
+
+/// Stands for these items, in this order.
+pub fn batch_id<'i>(items: impl Iterator<Item = &'i str>) -> String {
+    format!("msg_{}", base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(digest(items.map(str::as_bytes))))
 }
 
 /// Each part goes in with its length, so that no two lists of parts are one text.

@@ -85,7 +85,15 @@ fn delivery(address: SocketAddr, path: &str) -> Delivery {
         body: Some(bytes::Bytes::from_static(b"{\"a\":1}")),
         lane: "lane".into(),
     };
-    Delivery { id: String::from("msg_1"), rule_id: "rule".into(), db: "db".into(), request, order_key: 1, coalesce_key: None }
+    Delivery {
+        id: String::from("msg_1"),
+        rule_id: "rule".into(),
+        db: "db".into(),
+        request,
+        order_key: 1,
+        coalesce_key: None,
+        gathered: None,
+    }
 }
 
 fn credentials() -> Option<Credentials> {
@@ -610,4 +618,65 @@ async fn a_file_of_authorities_without_one_is_an_error_that_names_it() {
         let error = HttpSender::new(&settings, Arc::default(), Metrics::new()).err().expect("no authority");
         assert!(format!("{error:#}").contains("webhook.ca_file"), "{text:?}: {error:#}");
     }
+}
+
+#[tokio::test]
+async fn what_is_gathered_goes_as_one_signed_request_and_all_hear_of_it() {
+    let (address, seen) = server().await;
+    let metrics = Metrics::new();
+    let sender = HttpSender::new(&settings(), Arc::default(), metrics.clone()).expect("a client");
+    let arguments = crate::schedule::DispatcherArguments { perform: Arc::new(sender), settings: (&settings()).into() };
+    let (pool, _) = ractor::Actor::spawn(None, WebhookPool::new(), arguments).await.expect("the pool starts");
+    let batch = crate::rules::handling::Batch { max: 4, within: Duration::from_millis(300) };
+    let (jobs, outcomes): (Vec<_>, Vec<_>) = (0..6)
+        .map(|n| {
+            let (waiter, outcome) = tokio::sync::oneshot::channel();
+            let id = format!("msg_{n}");
+            let gathered = Some(Gathered::of_one(batch, false, &id, n, format!("{{\"n\":{n}}}").into()));
+            let delivery = Delivery { id, order_key: n, coalesce_key: Some(1), gathered, ..delivery(address, "/ok") };
+            ((Arc::new(delivery), waiter), outcome)
+        })
+        .unzip();
+    pool.cast(crate::schedule::DispatcherMsg::Submit(jobs)).expect("the pool lives");
+    for outcome in outcomes {
+        assert_eq!(outcome.await, Ok(crate::job::Outcome::Done));
+    }
+    let seen = seen.lock().expect("no panic under the lock");
+    let bodies: Vec<Vec<u64>> = seen
+        .iter()
+        .map(|(_, _, headers, body, _)| {
+            let items: Vec<serde_json::Value> = serde_json::from_slice(body).expect("an array");
+            let ids = items.iter().map(|item| item["webhook-id"].as_str().expect("an id"));
+            assert_eq!(headers["webhook-id"], request::batch_id(ids).as_str());
+            items.iter().map(|item| item["n"].as_u64().expect("its params")).collect()
+        })
+        .collect();
+    assert_eq!(bodies, [vec![0, 1, 2, 3], vec![4, 5]]);
+    assert_eq!((count(&metrics, "delivered"), metrics.webhook_coalesced.get()), (2, 4));
+    pool.stop(None);
+}
+
+#[tokio::test]
+async fn a_receiver_that_is_down_opens_its_breaker_and_the_metric_says_so() {
+    let (address, seen) = server().await;
+    let metrics = Metrics::new();
+    let sender = HttpSender::new(&settings(), Arc::default(), metrics.clone()).expect("a client");
+    let settings = WebhookSettings { breaker_threshold: 3, ..settings() };
+    let arguments = crate::schedule::DispatcherArguments { perform: Arc::new(sender), settings: (&settings).into() };
+    let (pool, _) = ractor::Actor::spawn(None, WebhookPool::new(), arguments).await.expect("the pool starts");
+    let (jobs, outcomes): (Vec<_>, Vec<_>) = (0..50)
+        .map(|order_key| {
+            let (waiter, outcome) = tokio::sync::oneshot::channel();
+            ((Arc::new(Delivery { order_key, ..delivery(address, "/down") }), waiter), outcome)
+        })
+        .unzip();
+    pool.cast(crate::schedule::DispatcherMsg::Submit(jobs)).expect("the pool lives");
+    for outcome in outcomes {
+        let outcome = outcome.await.expect("everybody is told");
+        assert!(matches!(&outcome, crate::job::Outcome::Unsent { error, .. } if error.contains("answered 503")), "{outcome:?}");
+    }
+    assert!(seen.lock().expect("no panic under the lock").len() <= 3 + settings.concurrency_per_host);
+    let open = metrics.webhook_breakers.get_or_create(&StateLabels { state: "open" }).get();
+    assert_eq!(open, 1);
+    pool.stop(None);
 }

@@ -80,7 +80,7 @@ async fn a_rule_is_tried_without_couchdb() {
     };
     let rule = json!({
         "type": "on_change", "db_name": "^posts$", "url": "http://me@api.example/${change.id}", "method": "POST", "if": { "type": "post" },
-        "params": { "title": "$change.doc.title" }, "headers": { "x-key": { "secret": "key" } }, "secret": "orders", "metod": "PUT",
+        "params": { "title": "$change.doc.title" }, "headers": { "x-key": { "secret": "key" } }, "secret": "orders", "debonce": true,
     });
     let broken = file("broken", json!({ "type": "on_change", "url": "http://me:s3cret@[", "batch": 5 }));
     let (rule, post) = (file("rule", rule), file("post", json!({ "_id": "a b", "type": "post", "title": "x" })));

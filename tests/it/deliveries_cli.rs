@@ -2,10 +2,11 @@
 
 use crate::support::couch::encode;
 use crate::support::process::one_shot;
-use crate::support::{Kind, Lab, Spiegel, tests_on};
+use crate::support::{Answer, Kind, Lab, SOON, Spiegel, eventually, tests_on};
 use reqwest::Method;
 use serde_json::{Value, json};
 use spiegel::deliveries::parked::{Disabled, Key};
+use spiegel::job::timestamp;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -23,6 +24,7 @@ tests_on! {
         the_database_tells_how_many_there_are,
         the_api_lists_and_acts,
         the_api_needs_an_admin,
+        the_running_process_follows,
     ],
     embedded: [
         more_than_a_page_is_read_and_written_in_pages,
@@ -40,8 +42,9 @@ fn id_of(rule: &str, db: &str, doc: &str) -> String {
 
 fn delivery(rule: &str, db: &str, doc: &str, state: &str, status: Option<u16>) -> Value {
     let (next, ended) = match state {
-        "parked" => (Some("2030-01-31T12:00:00.000Z"), None),
-        _ => (None, Some("2026-01-31T12:00:00.000Z")),
+        "parked" => (Some(String::from("2130-01-31T12:00:00.000Z")), None),
+        // What ended long ago is not kept.
+        _ => (None, Some(timestamp(SystemTime::now()))),
     };
     json!({
         "_id": id_of(rule, db, doc), "type": "delivery", "state": state, "rule": rule, "db_name": db, "doc_id": doc,
@@ -73,9 +76,13 @@ async fn state_of(lab: &Lab, rule: &str, db: &str, doc: &str) -> Value {
 
 async fn states(lab: &Lab) -> Vec<String> {
     let mut states = Vec::new();
-    for (rule, db, doc) in
-        [("mail", "user_a", "1"), ("mail", "user_a", "2"), ("mail", "user_b", "1"), ("sms", "user_a", "1"), ("old", "user_a", "1")]
-    {
+    for (rule, db, doc) in [
+        ("mail", "user_a", "1"),
+        ("mail", "user_a", "2"),
+        ("mail", "user_b", "1"),
+        ("sms", "user_a", "1"),
+        ("old", "user_a", "1"),
+    ] {
         states.push(state_of(lab, rule, db, doc).await["state"].as_str().expect("text").to_string());
     }
     states
@@ -152,10 +159,13 @@ async fn without_a_delivery_every_command_says_so(lab: Arc<Lab>) {
 async fn a_list_shows_what_matches(lab: Arc<Lab>) {
     fill(&lab).await;
     let all = lab.run(&["deliveries", "list"]).await.text;
-    for text in ["mail", "sms", "user_b", "503", "answered no", "deliveries: 3 parked, 1 dead, 1 dropped", "gone/rule", "answered 410"] {
+    for text in
+        ["mail", "sms", "user_b", "503", "answered no", "deliveries: 3 parked, 1 dead, 1 dropped", "gone/rule", "answered 410"]
+    {
         assert!(all.contains(text), "{text} is not in\n{all}");
     }
-    assert!(all.contains("2030-01-31T12:00:00.000Z") && all.contains("2026-01-31T12:00:00.000Z"), "{all}");
+    let ended = state_of(&lab, "mail", "user_a", "2").await["ended_at"].as_str().expect("a time").to_string();
+    assert!(all.contains("2130-01-31T12:00:00.000Z") && all.contains(&ended), "{all}");
     for (arguments, expected) in [
         (&["--rule", "mail"][..], 3),
         (&["--rule", "mail", "--db", "user_a"], 2),
@@ -217,7 +227,7 @@ async fn retry_and_drop_write_what_the_process_follows(lab: Arc<Lab>) {
     assert_eq!(states(&lab).await, ["parked"; 5]);
     let retried = state_of(&lab, "mail", "user_a", "1").await;
     assert_eq!((&retried["replays"], &retried["reason"], &retried["retries"]), (&json!(1), &Value::Null, &json!(0)));
-    assert!(retried["next_attempt_at"].as_str().expect("a time") < "2030");
+    assert!(retried["next_attempt_at"].as_str().expect("a time") < "2130");
 
     let (one, other) = (id_of("sms", "user_a", "1"), id_of("old", "user_a", "1"));
     let output = lab.run(&["deliveries", "drop", &one, &other["delivery:".len()..][..10], &one]).await;
@@ -321,12 +331,21 @@ impl Api {
     }
 }
 
-/// A spiegel database without its feed open would do: nothing that is parked here is due.
+/// What the process would drop of itself: deliveries of rules that are not there. And no database of theirs is there, so that
+/// what is retried stays parked.
+async fn rules_of_all(lab: &Lab) {
+    for rule in ["mail", "sms", "old", "fine/one"] {
+        lab.rule_on(rule, "^user_", "/x", json!({ "url": "http://user:inl1ne@127.0.0.1:1/x" })).await;
+    }
+    let rev = lab.rule_on("gone/rule", "^user_", "/x", json!({})).await;
+    let disabled = Disabled::document("gone/rule", &rev, "user_a", "answered 410", SystemTime::now());
+    lab.couch.remove(&deliveries_db(lab), "disabled:gone/rule").await;
+    lab.couch.put(&deliveries_db(lab), "disabled:gone/rule", disabled).await;
+}
+
 async fn the_api_lists_and_acts(lab: Arc<Lab>) {
     fill(&lab).await;
-    let url = "http://user:inl1ne@127.0.0.1:1/x";
-    lab.rule_on("mail", "^nothing$", "/x", json!({ "url": url })).await;
-    lab.rule_on("fine/one", "^nothing$", "/x", json!({})).await;
+    rules_of_all(&lab).await;
     let mut spiegel = lab.spiegel().await;
     let api = Api::of(&lab, &spiegel).await;
 
@@ -381,9 +400,14 @@ async fn the_api_lists_and_acts(lab: Arc<Lab>) {
     assert_eq!(status, 200, "{page}");
     let rules = page["rules"].as_array().expect("a list");
     let mail = rules.iter().find(|rule| rule["id"] == "mail").expect("the rule");
-    let expected = json!({ "id": "mail", "db_name": "^nothing$", "url": "http://user:[redacted]@127.0.0.1:1/x",
+    let expected = json!({ "id": "mail", "db_name": "^user_", "url": "http://user:[redacted]@127.0.0.1:1/x",
         "parked": 2, "disabled": false });
     assert_eq!(mail, &expected);
+    assert!(rules.iter().any(|rule| rule["id"] == "gone/rule" && rule["disabled"] == true), "{page}");
+    let status: Value = serde_json::from_str(&spiegel.page("/status").await.expect("a page").1).expect("JSON");
+    let expected = json!({ "parked": 3, "dead": 1, "dropped": 1, "parked_by_rule": { "mail": 2, "sms": 1 },
+        "disabled_rules": ["gone/rule"] });
+    assert_eq!(status["deliveries"], expected);
     assert_eq!(api.ask("POST", "/rules/fine%2Fone/enable").await, (200, json!({ "enabled": false })));
     assert_eq!(api.ask("POST", "/rules/gone%2Frule/enable").await, (200, json!({ "enabled": true })));
 
@@ -403,7 +427,11 @@ async fn the_api_lists_and_acts(lab: Arc<Lab>) {
 
 async fn the_api_needs_an_admin(lab: Arc<Lab>) {
     fill(&lab).await;
-    let mut spiegel = lab.spiegel().await;
+    rules_of_all(&lab).await;
+    let directory = tempfile::tempdir().expect("a directory");
+    let secrets = directory.path().join("secrets.json");
+    std::fs::write(&secrets, json!({ "admin_token": "t0ken-0123456789" }).to_string()).expect("written");
+    let mut spiegel = lab.spiegel_with(&[("SECRETS_FILE", secrets.to_str().expect("text"))]).await;
     let mut api = Api::of(&lab, &spiegel).await;
     assert_eq!(spiegel.page("/rules").await.expect("an answer").0, 401);
     assert_eq!(spiegel.page("/status").await.expect("an answer").0, 200);
@@ -417,8 +445,48 @@ async fn the_api_needs_an_admin(lab: Arc<Lab>) {
     assert_eq!(api.ask("GET", "/deliveries").await.0, 429, "by address");
     assert_eq!(states(&lab).await, ["parked", "dead", "parked", "parked", "dropped"]);
     assert_eq!(spiegel.page("/ready").await.expect("an answer").0, 200, "it works on");
+    let by_token = api.http.get(format!("{}/deliveries", api.base)).bearer_auth("t0ken-0123456789");
+    assert_eq!(by_token.send().await.expect("an answer").status(), 200, "guesses of others do not keep the token out");
     spiegel.stop().await;
-    assert!(!spiegel.lines().iter().any(|line| line.contains("wr0ng-guess")));
+    assert!(!spiegel.lines().iter().any(|line| line.contains("wr0ng-guess") || line.contains("t0ken")));
+}
+
+async fn the_running_process_follows(lab: Arc<Lab>) {
+    lab.install().await;
+    let db = lab.create("posts").await;
+    let patient = json!({ "retry": { "strategy": "linear", "delay": "1h" } });
+    lab.rule("mail", &db, "/mail", patient.clone()).await;
+    lab.rule("sms", &db, "/sms", patient).await;
+    lab.rule("gone", &db, "/gone", json!({})).await;
+    lab.receiver.answer("/mail", Answer::status(500));
+    lab.receiver.answer("/sms", Answer::status(500));
+    lab.receiver.answer("/gone", Answer::status(410));
+    let mut spiegel = lab.spiegel().await;
+    lab.couch.put(&db, "x", json!({})).await;
+    let listed = async |text: &str| {
+        eventually(SOON, &format!("{text:?} is listed"), async || {
+            let output = lab.run(&["deliveries", "list"]).await;
+            output.text.contains(text).then_some(output.text)
+        })
+        .await
+    };
+    listed("2 parked").await;
+    listed("disabled rules").await;
+    let rules = lab.run(&["rules", "list"]).await.text;
+    assert!(rules.lines().any(|line| line.starts_with("gone") && line.contains("disabled")), "{rules}");
+
+    for path in ["/mail", "/sms", "/gone"] {
+        lab.receiver.answer(path, Answer::ok());
+    }
+    assert_eq!(lab.run(&["deliveries", "retry", "--rule", "mail"]).await.code, 0);
+    assert_eq!(lab.run(&["deliveries", "drop", "--rule", "sms"]).await.code, 0);
+    assert_eq!(lab.run(&["rules", "enable", "gone"]).await.code, 0);
+    for path in ["/mail", "/gone"] {
+        eventually(SOON, path, async || (lab.receiver.delivered(path).len() == 1).then_some(())).await;
+    }
+    listed("0 parked, 0 dead, 1 dropped").await;
+    assert_eq!(lab.receiver.delivered("/sms").len(), 0);
+    spiegel.stop().await;
 }
 
 // -- pages and conflicts ---------------------------------------------------------------------------------------------------

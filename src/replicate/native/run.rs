@@ -52,6 +52,8 @@ pub struct Done {
 }
 
 type Result<T> = std::result::Result<T, TransferError>;
+/// A page whose documents are in the target, and what that took.
+type Through = (Arc<Page>, Counts);
 
 struct Begin {
     page: Arc<Page>,
@@ -88,7 +90,7 @@ impl Run<'_> {
         // What is written while we read is the next run's: a source that never rests must not keep this one.
         let mut left = page.pending.map(|pending| pending.saturating_add(page.rows.len() as u64));
         let total = left;
-        let mut working: FuturesOrdered<BoxFuture<'_, Result<(Arc<Page>, Counts)>>> = FuturesOrdered::new();
+        let mut working: FuturesOrdered<BoxFuture<'_, Result<Through>>> = FuturesOrdered::new();
         let mut reading: Fuse<BoxFuture<'_, Result<Arc<Page>>>> = Fuse::terminated();
         let mut arrived = Some(page);
         let mut started = SystemTime::now();
@@ -152,7 +154,7 @@ impl Run<'_> {
         TransferError::Document { which: "checkpoint", id: self.id.to_string(), reason }
     }
 
-    async fn page(&self, page: Arc<Page>, is_news: bool) -> Result<(Arc<Page>, Counts)> {
+    async fn page(&self, page: Arc<Page>, is_news: bool) -> Result<Through> {
         let counts = match page.rows.is_empty() {
             true => Counts::default(),
             false => self.transfer.page(&page, is_news).await?,

@@ -27,22 +27,21 @@ const BATCH_DEFAULT: usize = 100;
 const WITHIN_MAX: Duration = Duration::from_secs(60);
 
 /// Of one connection and not of a request; or set by whoever sends.
-const NOT_FOR_RULES: [&str; 14] = [
+const NOT_FOR_RULES: [&str; 11] = [
     "connection",
+    "content-encoding",
     "content-length",
     "expect",
     "host",
+    "http2-settings",
     "keep-alive",
-    "proxy-authenticate",
-    "proxy-authorization",
-    "proxy-connection",
     "te",
     "trailer",
     "transfer-encoding",
     "upgrade",
-    "http2-settings",
-    "content-encoding",
 ];
+/// Of the way to the receiver, and of Standard Webhooks.
+const NOT_FOR_RULES_PREFIXES: [&str; 2] = ["proxy-", "webhook-"];
 
 /// What the other fields of the document say; None where they are wrong themselves.
 #[derive(Debug, Clone, Copy)]
@@ -160,7 +159,7 @@ fn header(name: &str, value: &Value) -> Result<(HeaderName, HeaderSource), Inval
     if name == "content-type" {
         return Err(Invalid::new(field, "is set by the field content_type"));
     }
-    if NOT_FOR_RULES.contains(&name.as_str()) || name.as_str().starts_with("webhook-") {
+    if NOT_FOR_RULES.contains(&name.as_str()) || NOT_FOR_RULES_PREFIXES.iter().any(|prefix| name.as_str().starts_with(prefix)) {
         return Err(Invalid::new(field, "is not for a rule to set"));
     }
     let source = match value {
@@ -463,6 +462,7 @@ mod tests {
             (json!({"headers": {"Content-Length": "0"}}), "is not for a rule to set"),
             (json!({"headers": {"Connection": "close"}}), "is not for a rule to set"),
             (json!({"headers": {"TE": "trailers"}}), "is not for a rule to set"),
+            (json!({"headers": {"Proxy-Authorization": "x"}}), "is not for a rule to set"),
             (json!({"headers": {"webhook-id": "1"}}), "is not for a rule to set"),
             (json!({"headers": {"Webhook-Signature": {"secret": "a"}}}), "is not for a rule to set"),
             (json!({"headers": {"webhook-timestamp": "1"}}), "is not for a rule to set"),
