@@ -5,7 +5,7 @@
 //! shards, whose copies are of several moments, each has its share among them.
 
 use super::peer::ChangesRow;
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -54,8 +54,10 @@ impl Written {
         self.all.0.fetch_sub(before, Ordering::Relaxed);
     }
 
+    /// Of each document what came last: a target may keep no older revisions, and then it does not know those before.
     pub fn rows(&self) -> Vec<(String, Vec<String>)> {
-        self.rows.iter().cloned().collect()
+        let mut seen = HashSet::new();
+        self.rows.iter().rev().filter(|(id, _)| seen.insert(id)).cloned().collect()
     }
 }
 
@@ -88,13 +90,21 @@ mod tests {
                 let kept = written.rows();
                 let revs: usize = kept.iter().map(|(_, revs)| revs.len()).sum();
                 prop_assert!(revs <= REVS_MAX && written.revs == revs && all.0.load(Ordering::Relaxed) == revs);
-                let last = rows[rows.len() - kept.len()..].iter().map(|row| (row.id.clone(), row.revs.clone()));
+                let last = rows.iter().rev().take(kept.len()).map(|row| (row.id.clone(), row.revs.clone()));
                 prop_assert_eq!(kept.clone(), last.collect::<Vec<_>>());
                 prop_assert!(kept.len() == rows.len() || revs + 3 > REVS_MAX, "no fewer than there is room for");
             }
             drop(written);
             prop_assert_eq!(all.0.load(Ordering::Relaxed), 0);
         }
+    }
+
+    #[test]
+    fn a_document_stands_for_itself_once_as_it_was_last() {
+        let mut written = Written::new(&Remembered::default());
+        written.add([row(1, 1), row(2, 1), row(1, 2)].iter());
+        let expected = [row(1, 2), row(2, 1)].map(|row| (row.id, row.revs));
+        assert_eq!(written.rows(), expected);
     }
 
     #[test]

@@ -92,7 +92,7 @@ fn show(differences: &[String], when: &str) {
     assert!(differences.is_empty(), "{when}: {} differences, such as:\n{}", differences.len(), shown.join("\n"));
 }
 
-/// Id ▶ its leaves, in canonical text, sorted, once for each way to ask for them.
+/// Id ▶ its leaves, in canonical text, sorted.
 type Leaves = BTreeMap<String, Vec<String>>;
 
 fn differing(expected: &Leaves, found: &Leaves) -> Vec<String> {
@@ -125,17 +125,8 @@ struct Row<'a> {
 }
 
 async fn trees(place: Place<'_>, ids: &[&String], shown: fn(&str) -> String) -> Leaves {
-    let reading: Vec<_> = ids.iter().map(|id| tree(place, id.to_string(), shown)).collect();
+    let reading: Vec<_> = ids.iter().map(|id| open_revs(place, id.to_string(), shown)).collect();
     stream::iter(reading).buffer_unordered(AT_ONCE).collect().await
-}
-
-/// A document with all of its leaves: their bytes, and then their lengths and how they are kept.
-async fn tree(place: Place<'_>, id: String, shown: fn(&str) -> String) -> (String, Vec<String>) {
-    let mut leaves = Vec::new();
-    for options in ["attachments=true", "att_encoding_info=true"] {
-        leaves.extend(open_revs(place, &id, options, shown).await);
-    }
-    (id, leaves)
 }
 
 /// CouchDB answers 500 where it closes a database's file under a reader of attachments, because many others are in use.
@@ -152,14 +143,16 @@ async fn read(place: Place<'_>, method: Method, path: &str, body: Option<String>
     last.1
 }
 
-async fn open_revs(place: Place<'_>, id: &str, options: &str, shown: fn(&str) -> String) -> Vec<String> {
-    let path = format!("{}/{}?open_revs=all&revs=true&{options}", encode(place.db), encode_id(id));
+/// A document with all of its leaves: their bytes, their attachments' too, and how these are kept.
+async fn open_revs(place: Place<'_>, id: String, shown: fn(&str) -> String) -> (String, Vec<String>) {
+    let options = "open_revs=all&revs=true&attachments=true&att_encoding_info=true";
+    let path = format!("{}/{}?{options}", encode(place.db), encode_id(&id));
     let text = read(place, Method::GET, &path, None).await;
     let rows: Vec<Row> = serde_json::from_str(&text).unwrap_or_else(|error| panic!("{path}: {error}: {text}"));
     let text = |row: &Row| row.ok.or(row.missing).map_or_else(|| "neither ok nor missing".into(), |raw| shown(raw.get()));
     let mut texts: Vec<String> = rows.iter().map(text).collect();
     texts.sort();
-    texts
+    (id, texts)
 }
 
 /// Members in the order of their names and no spaces; numbers and texts as they were written.

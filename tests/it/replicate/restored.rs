@@ -6,7 +6,9 @@ use crate::support::couch::encode;
 use crate::support::{Lab, eventually, tests_on};
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
+use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::Duration;
 
 tests_on! {
     every: [],
@@ -20,7 +22,10 @@ tests_on! {
         a_source_made_again_with_fewer_documents_goes_on,
         both_sides_put_back_from_copies_of_other_days,
     ],
-    couchdb: [a_target_rebuilt_with_its_older_checkpoints_is_completed],
+    couchdb: [
+        a_target_rebuilt_with_its_older_checkpoints_is_completed,
+        a_target_that_keeps_one_revision_is_taken_for_what_it_is,
+    ],
 }
 
 /// What no CouchDB has: `POST /_dev/…`.
@@ -268,4 +273,24 @@ async fn a_target_rebuilt_with_its_older_checkpoints_is_completed(lab: Arc<Lab>)
     }
     pair.source.grow(1, 0).await;
     pair.same("rebuilt").await;
+}
+
+/// It does not know any more what was brought to it a moment ago, and is no other database for that.
+async fn a_target_that_keeps_one_revision_is_taken_for_what_it_is(lab: Arc<Lab>) {
+    let pair = Pair::new(lab.clone()).await;
+    let path = format!("{}/_revs_limit", encode(&pair.ours));
+    assert_eq!(lab.couch.ask(Method::PUT, &path, Some(json!(1))).await.0, StatusCode::OK);
+    pair.replicator(json!({})).await;
+    let _spiegel = lab.spiegel_with(&[("REPLICATION_CHECKPOINT_AFTER", "1s")]).await;
+    for n in 0..60 {
+        lab.couch.put(&pair.source.db, "hot", json!({ "n": n })).await;
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let (_, page) = lab.couch.ask(Method::GET, &format!("{}/_local_docs?include_docs=true", encode(&pair.ours)), None).await;
+    let rows = page["rows"].as_array().expect("rows").iter();
+    let entries = rows.flat_map(|row| row["doc"]["history"].as_array().cloned().unwrap_or_default());
+    let recorded: BTreeSet<String> = entries.map(|entry| entry["recorded_seq"].to_string()).collect();
+    assert!(recorded.len() >= 4, "it goes on while the document is written: {recorded:?}");
+    pair.caught_up("a hot document").await;
+    checkpointed(&pair).await;
 }
