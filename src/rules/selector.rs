@@ -407,8 +407,6 @@ mod tests {
             (json!({"\\$cost": 7}), true),
             (json!({"\\n": 5}), true),
             (json!({"nes\\ted.deep": {"\\x": 1}}), true),
-            (json!({"$keyMapMatch": {"$eq": "tags"}}), true),
-            (json!({"$keyMapMatch": {"$eq": "x"}}), false),
             (json!({"people.1.name": "bob"}), true),
             (json!({"o": {}}), true),
             (json!({"n": {}}), false),
@@ -485,6 +483,18 @@ mod tests {
         for (selector, expected) in cases {
             let parsed = Selector::parse(&selector).unwrap_or_else(|e| panic!("{selector}: {e}"));
             assert_eq!(parsed.matches(&Document::of(&doc())), expected, "{selector}");
+        }
+    }
+
+    /// CouchDB wants the name of a field there.
+    #[test]
+    fn a_condition_without_a_field_is_of_the_whole_document() {
+        for (selector, expected) in [
+            (json!({"$keyMapMatch": {"$eq": "tags"}}), true),
+            (json!({"$keyMapMatch": {"$eq": "x"}}), false),
+            (json!({"$type": "object"}), true),
+        ] {
+            assert_eq!(Selector::parse(&selector).unwrap().matches(&Document::of(&doc())), expected, "{selector}");
         }
     }
 
