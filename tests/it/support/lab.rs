@@ -121,6 +121,8 @@ impl Lab {
             ("WEBHOOK_RETRY_CAP", "200ms".into()),
             ("BACKOFF_BASE", "200ms".into()),
             ("BACKOFF_CAP", "1s".into()),
+            ("WEBHOOK_BREAKER_BASE", "100ms".into()),
+            ("WEBHOOK_BREAKER_CAP", "1s".into()),
             ("LOG_LEVEL", "info".into()),
             ("LOG_FORMAT", "json".into()),
         ];
