@@ -485,10 +485,16 @@ fn log_change(pool: &str, change: &BreakerChange) {
     }
 }
 
+/// A 500 is an application's answer to this request: one path that is broken must not stop the others of its host. The others
+/// come from what stands before the application, or ask for less of everything.
+fn speaks_of_the_host(status: u16) -> bool {
+    matches!(status, 408 | 425 | 429 | 502..=504 | 507 | 520..=527 | 529 | 530)
+}
+
 /// What a failed attempt says of its host.
 fn sign_of(failure: &Failure, settings: &DispatcherSettings) -> Sign {
     let status = failure.answer.as_ref().map(|answer| answer.status);
-    let minds_the_request = status.is_some_and(|status| status < 500 && !matches!(status, 408 | 425 | 429));
+    let minds_the_request = status.is_some_and(|status| !speaks_of_the_host(status));
     match failure.verdict {
         _ if failure.missing => Sign::Silent,
         _ if minds_the_request => Sign::Alive,

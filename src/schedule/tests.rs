@@ -420,7 +420,7 @@ async fn one_probe_tells_that_a_host_is_back() {
 
 #[tokio::test(start_paused = true)]
 async fn a_poisoned_delivery_fails_alone() {
-    let error = Act::Answered(500, Verdict::Retry { after: None });
+    let error = Act::Answered(503, Verdict::Retry { after: None });
     let pool = Pool::start(Scripted::default().says("poison", vec![error; 100]), with_breaker()).await;
     for round in 0..5 {
         let poisoned = pool.submit("poison", "host", 1);
@@ -473,7 +473,8 @@ fn only_what_speaks_of_the_host_counts_against_it() {
     let settings = settings();
     for (failure, expected) in [
         (Failure::retry("unreachable"), failing(None)),
-        (answered(500, retry(None)), failing(None)),
+        (answered(503, retry(None)), failing(None)),
+        (answered(500, retry(None)), Sign::Alive),
         (answered(503, retry(Some(5))), failing(Some(5))),
         (answered(429, retry(Some(0))), failing(None)),
         (answered(429, retry(Some(6))), Sign::Away { pause: Duration::from_secs(6) }),
@@ -590,7 +591,8 @@ fn act() -> impl Strategy<Value = (u64, Act)> {
     let act = prop_oneof![
         4 => Just(Act::Ok),
         6 => Just(Act::Fail(retry(None))),
-        2 => Just(Act::Answered(500, retry(None))),
+        2 => Just(Act::Answered(503, retry(None))),
+        1 => Just(Act::Answered(500, retry(None))),
         1 => Just(Act::Answered(429, retry(Some(2)))),
         1 => Just(Act::Answered(503, retry(Some(30)))),
         1 => Just(Act::Answered(422, Verdict::Later)),
