@@ -21,6 +21,8 @@ use std::path::Path;
 use std::sync::Arc;
 use url::Url;
 
+/// The secret that opens the admin API; no rule may send it or sign with it.
+pub const ADMIN_TOKEN: &str = "admin_token";
 /// What stands where a password stood.
 const REDACTED: &str = "[redacted]";
 /// RFC 3986's unreserved characters stay, so that `%` itself is encoded too and every reader decodes the same password.
@@ -255,7 +257,7 @@ impl Needles {
     }
 }
 
-fn password_forms(user: &str, password: &str) -> Vec<String> {
+pub fn password_forms(user: &str, password: &str) -> Vec<String> {
     use base64::engine::general_purpose::{STANDARD_NO_PAD, URL_SAFE, URL_SAFE_NO_PAD};
     let pair = format!("{user}:{password}");
     let mut forms = text_forms(password);
@@ -264,7 +266,7 @@ fn password_forms(user: &str, password: &str) -> Vec<String> {
 }
 
 /// As it is, percent-encoded in every way, escaped for JSON.
-fn text_forms(secret: &str) -> Vec<String> {
+pub fn text_forms(secret: &str) -> Vec<String> {
     let strict = utf8_percent_encode(secret, USERINFO).to_string();
     // As the `url` crate, browsers and JavaScript's encodeURIComponent spell it.
     let lax = Url::parse("http://h/").ok().and_then(|mut url| {
@@ -330,21 +332,21 @@ fn redact_urls(text: &str) -> Cow<'_, str> {
 
 /// Where the first `://` ends; some writers of JSON escape the slashes.
 fn next_authority(text: &str) -> Option<usize> {
-    let plain = text.find("://").map(|at| at + 3);
-    let escaped = text.find(r":\/\/").map(|at| at + 5);
-    match (plain, escaped) {
-        (Some(plain), Some(escaped)) => Some(plain.min(escaped)),
-        (plain, escaped) => plain.or(escaped),
-    }
+    text.match_indices(':').find_map(|(at, _)| {
+        let rest = text.get(at + 1..)?;
+        match rest.starts_with("//") {
+            true => Some(at + 3),
+            false => rest.starts_with(r"\/\/").then_some(at + 5),
+        }
+    })
 }
 
 /// No URL's user and password are longer; without a bound a text of many `://` would be read again for each.
-const AUTHORITY_CHARS_MAX: usize = 4096;
+const AUTHORITY_BYTES_MAX: usize = 4096;
 
 /// From where to where the password stands in what follows a `://`.
 fn password_in(after: &str) -> Option<(usize, usize)> {
-    let end = after.char_indices().nth(AUTHORITY_CHARS_MAX).map_or(after.len(), |(at, _)| at);
-    let after = after.get(..end)?;
+    let after = after.get(..after.floor_char_boundary(AUTHORITY_BYTES_MAX))?;
     let until = |stop: fn(char) -> bool| after.find(stop).unwrap_or(after.len());
     let authority = after.get(..until(ends_authority))?;
     if authority.starts_with('[') {

@@ -20,7 +20,7 @@ use crate::config::WebhookSettings;
 use crate::job::{Answer, DbName, Verdict};
 use crate::schedule::{Attempt, Backoff, BreakerSettings, Dispatcher, DispatcherSettings, Failure, Perform, Spec, Step, Worker};
 use crate::telemetry::{Metrics, OutcomeLabels, StateLabels};
-use crate::vault::{Credentials, Vault};
+use crate::vault::Vault;
 use anyhow::Context;
 use batch::Gathered;
 use futures_util::future::BoxFuture;
@@ -195,7 +195,12 @@ impl Perform for HttpSender {
             metrics.webhook_duration_seconds.observe(seconds);
             metrics.webhook_deliveries.get_or_create(&OutcomeLabels { outcome }).inc();
             metrics.webhook_routes.of(&delivery.rule_id, &delivery.request.lane).observe(status, seconds);
-            result
+            let is_of_several = delivery.gathered.as_ref().is_some_and(Gathered::is_of_several);
+            result.map_err(|failure| match failure.verdict {
+                // Each is tried by itself before any is given up.
+                Verdict::GiveUp if is_of_several => Failure { verdict: Verdict::Later, ..failure },
+                _ => failure,
+            })
         })
     }
 
@@ -233,7 +238,7 @@ impl Report {
     }
 
     fn unbuildable(error: &str) -> Self {
-        Self::without_answer("unbuildable", Verdict::GiveUp, format!("the request cannot be built: {error}"))
+        Self::without_answer("unbuildable", Verdict::Later, format!("the request cannot be built: {error}"))
     }
 
     /// An edit of the settings, or of the name's entry, makes the same delivery possible.
@@ -252,7 +257,7 @@ impl Sender {
         };
         match self.client.execute(request).await {
             Ok(response) => self.answered(response, &delivery.request).await,
-            Err(error) => self.unanswered(&error, delivery.request.credentials.as_ref()),
+            Err(error) => self.unanswered(&error, &delivery.request),
         }
     }
 
@@ -263,16 +268,16 @@ impl Sender {
         let result = match verdict {
             // The receiver has accepted it; how its answer ends changes nothing.
             Ok(()) => Ok(Step::Done),
-            Err(verdict) => Err(refused(status, verdict, self.excerpt(&answer, request.credentials.as_ref()))),
+            Err(verdict) => Err(refused(status, verdict, self.excerpt(&answer, request))),
         };
         Report { status: Some(status.as_u16()), outcome: verdict::outcome_of(status), result }
     }
 
-    fn unanswered(&self, error: &reqwest::Error, credentials: Option<&Credentials>) -> Report {
+    fn unanswered(&self, error: &reqwest::Error, request: &WebhookRequest) -> Report {
         if let Some(blocked) = guard::blocked_in(error) {
             return Report::blocked(blocked);
         }
-        let text = self.redacted(&crate::couch::chain_of(error), credentials);
+        let text = self.redacted(&crate::couch::chain_of(error), request);
         if error.is_builder() {
             return Report::unbuildable(&text);
         }
@@ -281,8 +286,8 @@ impl Sender {
     }
 
     /// One line, without the secrets that a receiver may have echoed. They go before the cut, which could hide half of one.
-    fn excerpt(&self, answer: &[u8], credentials: Option<&Credentials>) -> String {
-        let text = self.redacted(&String::from_utf8_lossy(answer), credentials);
+    fn excerpt(&self, answer: &[u8], request: &WebhookRequest) -> String {
+        let text = self.redacted(&String::from_utf8_lossy(answer), request);
         let words = text.split(|c: char| c.is_whitespace() || c.is_control()).filter(|word| !word.is_empty());
         let mut line = String::new();
         for word in words {
@@ -297,20 +302,35 @@ impl Sender {
         line
     }
 
-    fn redacted(&self, text: &str, credentials: Option<&Credentials>) -> String {
+    fn redacted(&self, text: &str, request: &WebhookRequest) -> String {
         let mut text = text.to_string();
-        // Those of a URL that holds its password are not in the vault.
-        if let Some(credentials) = credentials {
-            let header = credentials.basic_header();
-            let token = header.to_str().unwrap_or_default().trim_start_matches("Basic").trim();
-            for secret in [token, credentials.password.expose_secret()] {
-                if !secret.is_empty() {
-                    text = text.replace(secret, "[redacted]");
-                }
-            }
+        // Those that stand in the rule itself are not in the vault.
+        for secret in secrets_of(request) {
+            text = text.replace(&secret, "[redacted]");
         }
         self.vault.redact(&text)
     }
+}
+
+/// Shorter texts would take half an answer with them, and hide little.
+const SECRET_BYTES_MIN: usize = 6;
+
+/// What a receiver may echo of its request and nobody should read in a log: the longest first.
+fn secrets_of(request: &WebhookRequest) -> Vec<String> {
+    let mut secrets = Vec::new();
+    if let Some(credentials) = &request.credentials {
+        secrets.extend(crate::vault::password_forms(&credentials.user, credentials.password.expose_secret()));
+    }
+    let values = request.headers.iter().filter(|(_, value)| value.is_sensitive()).filter_map(|(_, value)| value.to_str().ok());
+    for value in values {
+        // `Bearer abc` may come back as `abc`.
+        let parts = [Some(value), value.split_once(' ').map(|(_, token)| token)];
+        let long_enough = parts.into_iter().flatten().filter(|part| part.len() >= SECRET_BYTES_MIN);
+        secrets.extend(long_enough.flat_map(crate::vault::text_forms));
+    }
+    secrets.retain(|secret| !secret.is_empty());
+    secrets.sort_by_key(|secret| std::cmp::Reverse(secret.len()));
+    secrets
 }
 
 /// None where the delivery's id is no header value.

@@ -9,7 +9,7 @@ use crate::deliveries::operate::{Bound, Desk, Enabled};
 use crate::deliveries::parked::Key;
 use crate::deliveries::select::{Action, KeyPrefix, Wishes};
 use crate::rules::rule::Rule;
-use crate::vault::{SecretError, Vault, redact_text};
+use crate::vault::{ADMIN_TOKEN, SecretError, Vault, redact_text};
 use axum::http::StatusCode;
 use secrecy::SecretString;
 use serde_json::{Value, json};
@@ -22,9 +22,6 @@ const READ_MAX: usize = 10_000;
 const ACT_FOR: Duration = Duration::from_secs(20);
 
 const FILTER: [&str; 5] = ["rule", "db", "doc", "state", "status"];
-
-/// The vault's secret that opens the admin API.
-const ADMIN_TOKEN: &str = "admin_token";
 
 pub(super) fn login(couch: &Couch, vault: &Vault) -> Login {
     let token = match vault.header(ADMIN_TOKEN) {

@@ -245,6 +245,8 @@ impl Couch {
         let request =
             self.request(Method::DELETE, &format!("{}/{}", encode_segment(db), encode_doc_id(id))).query(&[("rev", rev)]);
         match self.send("doc", request).await {
+            // Too few nodes took it: it may lose.
+            Ok(answer) if answer.status() == reqwest::StatusCode::ACCEPTED => Ok(WriteResult::Conflict),
             Ok(_) => Ok(WriteResult::Saved { rev: String::new() }),
             Err(CouchError::Conflict(_)) => Ok(WriteResult::Conflict),
             Err(error) => Err(error),

@@ -310,7 +310,7 @@ fn lost() -> Outcome {
 fn unbuildable(error: RequestError) -> Outcome {
     match error.concerns_rule() {
         true => Outcome::Unsent { error: error.to_string(), after: DISABLED_FOR },
-        false => Outcome::Failed(Failed { error: error.to_string(), verdict: Verdict::GiveUp, attempts: 0, answer: None }),
+        false => Outcome::Failed(Failed { error: error.to_string(), verdict: Verdict::Later, attempts: 0, answer: None }),
     }
 }
 

@@ -155,7 +155,11 @@ impl Listener {
             }
         }
         self.times_enabled.retain(|id, times| *times > 0 && self.rule_revs.contains_key(id));
-        self.rule_revs.retain(|id, _| rules.iter().any(|rule| rule.id == *id));
+        let gone: Vec<RuleId> = self.rule_revs.keys().filter(|id| rules.iter().all(|rule| rule.id != **id)).cloned().collect();
+        for rule in gone {
+            self.rule_revs.remove(&rule);
+            tools.rule_health.gone(&rule, &self.db);
+        }
     }
 
     /// Reads, delivers and saves until everything that was there at the first read is through, or held back. `seen` is what the

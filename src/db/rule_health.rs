@@ -33,6 +33,17 @@ impl RuleHealth {
         }
     }
 
+    /// The rule is no more, or not for this database.
+    pub fn gone(&self, rule: &RuleId, db: &DbName) {
+        let mut failing = self.failing.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(dbs) = failing.get_mut(rule) {
+            dbs.remove(db);
+            if dbs.is_empty() {
+                failing.remove(rule);
+            }
+        }
+    }
+
     /// For each failing rule, in how many databases it is held back.
     pub fn held(&self) -> Vec<(RuleId, usize)> {
         let failing = self.failing.lock().unwrap_or_else(PoisonError::into_inner);

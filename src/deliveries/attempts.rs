@@ -197,7 +197,7 @@ impl Tries {
             return self.done(parked, row.rev()).await;
         }
         let db: DbName = parked.db.as_str().into();
-        let delivery = match crate::webhook::delivery(
+        let mut delivery = match crate::webhook::delivery(
             &self.arguments.vault,
             &rule,
             &db,
@@ -211,6 +211,10 @@ impl Tries {
                 return self.failed(parked, &rule, &failed).await;
             }
         };
+        // In a batch it would take others down with it, or be taken down.
+        if let Some(gathered) = &mut delivery.gathered {
+            gathered.go_alone();
+        }
         match self.arguments.webhooks.run(delivery).await {
             Ok(Outcome::Done) => {
                 self.deliveries().book.index().accepted(parked.key(), read);

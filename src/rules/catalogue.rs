@@ -120,12 +120,22 @@ impl Catalogue {
         }
         let doc = row.doc.as_ref().and_then(|doc| serde_json::from_str::<Value>(doc.get()).ok());
         let kind = doc.as_ref().and_then(|doc| doc.get("type")).and_then(Value::as_str).unwrap_or_default();
-        let had = self.rules.remove(&row.id).is_some() | self.replicators.remove(&row.id).is_some();
+        let had_rule = self.rules.remove(&row.id).is_some();
+        let had = self.replicators.remove(&row.id).is_some() | had_rule;
         if self.invalid_replicators.contains_key(row.id.as_str()) {
             Arc::make_mut(&mut self.invalid_replicators).remove(row.id.as_str());
         }
+        let was_rule = had_rule | self.invalid_rules.contains(row.id.as_str());
         if self.invalid_rules.contains(row.id.as_str()) {
             Arc::make_mut(&mut self.invalid_rules).remove(row.id.as_str());
+        }
+        if doc.is_none() && !row.deleted && was_rule {
+            // It is there and cannot be read: what it owes must not be taken for a deleted rule's.
+            Arc::make_mut(&mut self.invalid_rules).insert(row.id.as_str().into());
+            if self.invalid.insert(row.id.clone(), row.rev().to_string()).as_deref() != Some(row.rev()) {
+                tracing::error!(id = row.id, "the rule's document cannot be read, it is passed over until it can");
+            }
+            return true;
         }
         let (Some(doc), false) = (&doc, row.deleted) else {
             return self.invalid.remove(&row.id).is_some() | had;
@@ -135,7 +145,7 @@ impl Catalogue {
             "replicator" => {
                 Replicator::parse(doc).map(|replicator| drop(self.replicators.insert(row.id.clone(), Arc::new(replicator))))
             }
-            _ => return had,
+            _ => return self.invalid.remove(&row.id).is_some() | had,
         };
         match parsed {
             Ok(()) => drop(self.invalid.remove(&row.id)),

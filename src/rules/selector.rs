@@ -206,6 +206,9 @@ fn field(path: &[String], condition: Condition, negated: bool) -> Node {
     Node::Field { path: path.to_vec(), condition, negated }
 }
 
+/// Each condition keeps its whole path.
+const PATH_PARTS_MAX: usize = 64;
+
 /// A dot separates. A backslash before it makes it part of the name, as one before a `$` does; CouchDB drops all of them.
 fn deeper(path: &[String], name: &str) -> Result<Vec<String>, Invalid> {
     let mut path = path.to_vec();
@@ -220,6 +223,9 @@ fn deeper(path: &[String], name: &str) -> Result<Vec<String>, Invalid> {
         escaped = c == '\\';
     }
     path.push(part);
+    if path.len() > PATH_PARTS_MAX {
+        return Err(invalid(format!("has a path of more than {PATH_PARTS_MAX} names")));
+    }
     match path.iter().any(String::is_empty) {
         true => Err(invalid(String::from("has a field without a name"))),
         false => Ok(path),

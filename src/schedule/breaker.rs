@@ -19,8 +19,12 @@
 //! What started before it opened says nothing of now: its success does not close it, its failure does not prolong it.
 
 use super::Backoff;
+use std::collections::VecDeque;
 use std::time::Duration;
 use tokio::time::Instant;
+
+/// More stubborn ones than this may take turns as probes.
+const BLAMED_MAX: usize = 64;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BreakerSettings {
@@ -75,7 +79,8 @@ pub struct Breaker {
     opened: Option<Instant>,
     /// Cool-downs since then.
     openings: u32,
-    blamed: Option<u64>,
+    /// The last ones, the oldest first.
+    blamed: VecDeque<u64>,
 }
 
 #[derive(Debug, Clone)]
@@ -95,7 +100,7 @@ enum State {
 impl Breaker {
     pub fn new(settings: BreakerSettings) -> Self {
         let state = State::Closed { failed: Vec::new() };
-        Self { settings, state, failures: 0, last_failure: None, opened: None, openings: 0, blamed: None }
+        Self { settings, state, failures: 0, last_failure: None, opened: None, openings: 0, blamed: VecDeque::new() }
     }
 
     pub fn view(&self) -> View {
@@ -173,7 +178,7 @@ impl Breaker {
             }
             State::HalfOpen { .. } if is_probe => {
                 // Who is to blame is kept: it would open it again as soon as it is tried again.
-                let blamed = self.blamed;
+                let blamed = std::mem::take(&mut self.blamed);
                 *self = Self { blamed, ..Self::new(self.settings) };
             }
             State::Open { .. } | State::HalfOpen { .. } => {}
@@ -209,12 +214,15 @@ impl Breaker {
         }
     }
 
-    /// By this one's failure alone; not twice in a row by the same.
+    /// By this one's failure alone; not again by the same, while it is remembered.
     fn open_by(&mut self, subject: u64, asked: Option<Duration>, now: Instant, random: f64) -> Ruling {
-        if self.blamed == Some(subject) {
+        if self.blamed.contains(&subject) {
             return Ruling::Own;
         }
-        self.blamed = Some(subject);
+        if self.blamed.len() >= BLAMED_MAX {
+            self.blamed.pop_front();
+        }
+        self.blamed.push_back(subject);
         self.open(asked, now, random)
     }
 

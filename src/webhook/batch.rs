@@ -40,12 +40,22 @@ impl Gathered {
         Self { batch, latest_only, bytes: item.bytes(), items: vec![item] }
     }
 
+    /// Neither takes in others nor joins them.
+    pub fn go_alone(&mut self) {
+        self.batch.max = 1;
+    }
+
+    /// A refusal of several says of none of them that it is to blame.
+    pub fn is_of_several(&self) -> bool {
+        self.items.len() > 1
+    }
+
     pub fn is_full(&self) -> bool {
         self.items.len() >= self.batch.max || self.bytes >= BYTES_MAX
     }
 
     fn has_room_for(&self, newer: &Self) -> bool {
-        self.items.len() + newer.items.len() <= self.batch.max && self.bytes + newer.bytes <= BYTES_MAX
+        self.items.len() + newer.items.len() <= self.batch.max.min(newer.batch.max) && self.bytes + newer.bytes <= BYTES_MAX
     }
 
     fn take_in(&mut self, newer: &Self) {

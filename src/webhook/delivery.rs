@@ -24,9 +24,9 @@ pub fn delivery(
     let order_key = order_key(&rule.id, db, &row.id);
     let coalesce_key = match (rule.handling.batch, rule.debounce, rule.handling.latest_only) {
         (Some(_), _, _) => Some(fold(request.batch_key(&rule.id))),
-        (None, true, _) => Some(fold(request.debounce_key())),
         // What waits for the same document is superseded.
-        (None, false, true) => Some(order_key),
+        (None, _, true) => Some(order_key),
+        (None, true, false) => Some(fold(request.debounce_key())),
         (None, false, false) => None,
     };
     let rev = row.rev();

@@ -21,8 +21,8 @@ use std::sync::Arc;
 use url::Url;
 
 const QUERY: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
-/// No server takes more, and a document sent as a query could be of any size.
-const URL_BYTES_MAX: usize = 1024 * 1024;
+/// A little less than the `http` crate takes, and more than most servers do.
+const URL_BYTES_MAX: usize = 65_000;
 
 pub type Headers = Vec<(HeaderName, HeaderValue)>;
 
@@ -58,6 +58,8 @@ pub enum RequestError {
     NoHost,
     #[error("build the webhook's query: {0}")]
     Query(String),
+    #[error("the URL is longer than {URL_BYTES_MAX} bytes, which no HTTP library takes: send the document in a body")]
+    TooLong,
 }
 
 impl RequestError {
@@ -94,6 +96,9 @@ pub fn build(rendered: Rendered, handling: &Handling, vault: &Vault) -> Result<W
         }
         false => Some(Bytes::from(rendered.params)),
     };
+    if url.as_str().len() > URL_BYTES_MAX {
+        return Err(RequestError::TooLong);
+    }
     Ok(WebhookRequest {
         method: rendered.method,
         url,
@@ -130,12 +135,7 @@ fn add_query(url: &mut Url, params: &str) -> Result<(), RequestError> {
     let params: Value = serde_json::from_str(params).map_err(|error| RequestError::Query(error.to_string()))?;
     let mut query = url.query().unwrap_or_default().to_string();
     if let Value::Object(params) = &params {
-        for (name, value) in params {
-            push_query(&mut query, name, value);
-        }
-    }
-    if query.len() > URL_BYTES_MAX {
-        return Err(RequestError::Query(format!("longer than {URL_BYTES_MAX} bytes")));
+        params.iter().all(|(name, value)| push_query(&mut query, &mut name.clone(), value));
     }
     if !query.is_empty() {
         url.set_query(Some(&query));
@@ -143,34 +143,40 @@ fn add_query(url: &mut Url, params: &str) -> Result<(), RequestError> {
     Ok(())
 }
 
-/// As the JavaScript library `qs` spells it: `a[b]=c`, `a[0]=x`, null as `a=`, and nothing for what is empty.
-fn push_query(query: &mut String, name: &str, value: &Value) {
-    if query.len() > URL_BYTES_MAX {
-        return;
-    }
+/// As the JavaScript library `qs` spells it: `a[b]=c`, `a[0]=x`, null as `a=`, and nothing for what is empty. False once it is too
+/// long. `name` grows and shrinks with the depth: to make it anew for each member would be quadratic in a long name.
+fn push_query(query: &mut String, name: &mut String, value: &Value) -> bool {
+    let end = name.len();
+    let mut member = |key: &str, value: &Value| {
+        name.push('[');
+        name.push_str(key);
+        name.push(']');
+        let goes_on = push_query(query, name, value);
+        name.truncate(end);
+        goes_on
+    };
     match value {
-        Value::Object(members) => {
-            for (member, value) in members {
-                push_query(query, &format!("{name}[{member}]"), value);
-            }
-        }
-        Value::Array(items) => {
-            for (at, value) in items.iter().enumerate() {
-                push_query(query, &format!("{name}[{at}]"), value);
-            }
-        }
+        Value::Object(members) => members.iter().all(|(key, value)| member(key, value)),
+        Value::Array(items) => items.iter().enumerate().all(|(at, value)| member(&at.to_string(), value)),
         Value::Null => push_pair(query, name, ""),
         value => push_pair(query, name, &js_string(value)),
     }
 }
 
-fn push_pair(query: &mut String, name: &str, value: &str) {
+/// False once the query is too long.
+fn push_pair(query: &mut String, name: &str, value: &str) -> bool {
+    if query.len() + name.len() + value.len() > URL_BYTES_MAX {
+        // Longer than it may be, whatever else comes.
+        query.extend(std::iter::repeat_n('.', (URL_BYTES_MAX + 1).saturating_sub(query.len())));
+        return false;
+    }
     if !query.is_empty() && !query.ends_with('&') {
         query.push('&');
     }
     query.extend(utf8_percent_encode(name, QUERY));
     query.push('=');
     query.extend(utf8_percent_encode(value, QUERY));
+    query.len() <= URL_BYTES_MAX
 }
 
 impl WebhookRequest {
@@ -191,7 +197,9 @@ impl WebhookRequest {
         // Equal keys sign the empty text alike.
         let signature = super::sign::signature(&self.signing, "", "", b"");
         let mut parts = vec![self.method.as_str().as_bytes(), self.url.as_str().as_bytes(), user.as_bytes(), of_whom];
-        parts.extend([content_type, signature.as_bytes()]);
+        // They must be judged alike, too.
+        let retry_on = format!("{:?}", self.retry_on);
+        parts.extend([content_type, signature.as_bytes(), retry_on.as_bytes()]);
         parts.extend(self.headers.iter().flat_map(|(name, value)| [name.as_str().as_bytes(), value.as_bytes()]));
         first_bytes(&digest(parts)).iter().fold(0, |key, byte| key << 8 | u128::from(*byte))
     }

@@ -3,6 +3,7 @@
 use super::{Batch, Handling, HeaderSource, OnFailure, Order, Retry, Statuses, Strategy};
 use crate::rules::invalid::{Faults, Invalid, given, wrong_kind};
 use crate::rules::rule::sends_query;
+use crate::vault::ADMIN_TOKEN;
 use humantime::{format_duration, parse_duration};
 use reqwest::Method;
 use reqwest::header::{HeaderName, HeaderValue};
@@ -121,6 +122,7 @@ fn secret_name(field: &str, value: &Value) -> Result<Arc<str>, Invalid> {
         Value::String(name) if name.len() > SECRET_NAME_BYTES_MAX || name.contains(char::is_control) => {
             Err(Invalid::new(field, "is not the name of a secret"))
         }
+        Value::String(name) if name == ADMIN_TOKEN => Err(Invalid::new(field, "is not for rules: it opens the admin API")),
         Value::String(name) => Ok(Arc::from(name.as_str())),
         other => wrong_kind(field, "the name of a secret in a string", other),
     }
