@@ -68,6 +68,7 @@ pub struct World {
     book: Arc<Book>,
     /// This process, where documents say who works on them.
     process: Arc<str>,
+    started: Instant,
     /// The one that lives now, for whoever asks what the replicators are doing.
     topology: watch::Sender<Option<ActorRef<topology::Message>>>,
     /// Keeps what it knows of checkpoints over a crash of the pool.
@@ -216,8 +217,21 @@ impl State {
 
     /// The wiring, long, flat and dull.
     async fn build(&mut self, child: Child, supervisor: ActorCell) -> Result<ActorCell, ActorProcessingErr> {
-        let World { settings, couch, vault, metrics, ledger, sweeps, publish, rule_health, process, topology, native, .. } =
-            self.world.as_ref();
+        let World {
+            settings,
+            couch,
+            vault,
+            metrics,
+            ledger,
+            sweeps,
+            publish,
+            rule_health,
+            process,
+            started,
+            topology,
+            native,
+            ..
+        } = self.world.as_ref();
         let backoff = Backoff::new(settings.backoff_base, settings.backoff_cap);
         // CouchDB's own hiccups are retried sooner than somebody else's endpoint.
         let couch_backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
@@ -323,6 +337,7 @@ impl State {
                         batch_size: settings.db.batch_size,
                         pages: Arc::new(Semaphore::new(PAGES_MAX)),
                         rule_health: rule_health.clone(),
+                        started: *started,
                     },
                     snapshot: publish.subscribe(),
                     topology: needed(&self.built.topology)?,
@@ -392,7 +407,8 @@ fn delivery_settings(settings: &Settings) -> deliveries::Settings {
         retention,
         assume_deleted_after: settings.db.assume_deleted_after,
         // As long as a delivery may take with its fast retries, and a while in its host's queue.
-        lease: (settings.webhook.timeout + settings.webhook.retry_cap) * tries + Duration::from_secs(30),
+        lease: (settings.webhook.timeout + settings.webhook.retry_cap) * tries + Duration::from_secs(10),
+        attempt_max: settings.webhook.timeout,
     }
 }
 
@@ -516,6 +532,7 @@ impl App {
             rule_health: RuleHealth::default(),
             book: Arc::default(),
             process: format!("{:016x}", fastrand::u64(..)).into(),
+            started: Instant::now(),
             topology: watch::channel(None).0,
             settings,
         });

@@ -16,6 +16,7 @@ mod attempts;
 pub mod counts;
 mod follow;
 pub mod index;
+mod missing;
 pub mod operate;
 mod park;
 pub mod parked;
@@ -52,6 +53,8 @@ pub struct Settings {
     pub assume_deleted_after: Duration,
     /// How long a process keeps a delivery to itself that it tries.
     pub lease: Duration,
+    /// The longest that one request may take.
+    pub attempt_max: Duration,
 }
 
 /// What is known of the deliveries database; it outlives the actors that fill it.
@@ -107,12 +110,12 @@ impl Deliveries {
     }
 
     /// `received` is when the page that tells of the change had been read.
-    pub fn standing(&self, rule: &str, db: &str, doc_id: &str, received: Instant) -> Standing {
+    pub fn standing(&self, rule: &str, db: &str, (doc_id, rev): (&str, &str), received: Instant) -> Standing {
         let index = self.book.index();
         if index.is_quiet() {
             return Standing::Free;
         }
-        index.standing(&Key::of(rule, db, doc_id), received)
+        index.standing(&Key::of(rule, db, doc_id), rev, received)
     }
 
     pub fn is_disabled(&self, rule: &Rule) -> bool {

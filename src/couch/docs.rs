@@ -158,6 +158,17 @@ impl Couch {
         Ok(entries.rows.into_iter().map(current).collect())
     }
 
+    /// The fields that a deletion left, which its revision keeps; None where it was compacted away.
+    pub async fn tombstone(&self, db: &str, id: &str, rev: &str) -> Result<Option<Arc<RawValue>>> {
+        let path = format!("{}/{}", encode_segment(db), encode_doc_id(id));
+        let text: Result<Box<RawValue>> = self.json("doc", self.request(Method::GET, &path).query(&[("rev", rev)])).await;
+        match text {
+            Ok(doc) => Ok(Some(doc.into())),
+            Err(CouchError::NotFound(_)) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Many documents at once, in the order of `ids`; by POST, because a long GET can answer 400.
     pub async fn get_docs(&self, db: &str, ids: &[String]) -> Result<Vec<Option<Value>>> {
         #[derive(Deserialize)]

@@ -64,7 +64,7 @@ pub struct Delivered {
 }
 
 /// A rule that is disabled is looked at again after this, if nobody tells of its end before.
-const DISABLED_FOR: Duration = Duration::from_secs(600);
+pub const DISABLED_FOR: Duration = Duration::from_secs(600);
 
 struct Pending {
     row: usize,
@@ -123,7 +123,7 @@ pub async fn deliver(means: &Means<'_>, to: Addressee<'_>, rows: &[Row]) -> Deli
                 }
                 break;
             }
-            match means.deliveries.standing(&rule.id, to.db, &row.id, to.received) {
+            match means.deliveries.standing(&rule.id, to.db, (&row.id, row.rev()), to.received) {
                 Standing::Free => {}
                 Standing::Parked => {
                     sheet.parking.push((index, rule.clone(), key, None));

@@ -7,15 +7,15 @@ use crate::checkpoints::Checkpoints;
 use crate::couch::fingerprint::Fingerprint;
 use crate::couch::{Changes, ChangesQuery, Couch, CouchError, Seq, WriteResult};
 use crate::db::Instance;
-use crate::db::deliver::{Addressee, Delivered, Means, RuleFailure, Wait, deliver};
+use crate::db::deliver::{Addressee, DISABLED_FOR, Delivered, Means, RuleFailure, Wait, deliver};
 use crate::db::known;
 use crate::db::positions::{Positions, RuleId, RuleStart};
 use crate::db::rule_health::RuleHealth;
 use crate::deliveries::Deliveries;
 use crate::job::{DbName, timestamp};
 use crate::rules::rule::{Rule, SinceOverride};
+use crate::schedule::Pool;
 use crate::schedule::backoff::Backoff;
-use crate::schedule::{Breakers, Pool};
 use crate::vault::Vault;
 use crate::webhook::HttpSender;
 use serde_json::{Map, Value};
@@ -38,6 +38,8 @@ pub struct Tools {
     /// Pages of changes held in memory at once.
     pub pages: Arc<Semaphore>,
     pub rule_health: RuleHealth,
+    /// The process's start.
+    pub started: Instant,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -91,6 +93,9 @@ fn timed(page: Result<Changes, CouchError>) -> (Instant, Result<Changes, CouchEr
 
 /// A page that takes longer than this to deliver has a slow receiver; others must not wait for its memory.
 const SLOW_PAGE: Duration = Duration::from_secs(1);
+/// What was dirty is loaded within this.
+const JUST_STARTED: Duration = Duration::from_secs(60);
+const HELD_AT_START: Duration = Duration::from_secs(10);
 /// A host that may be asked at once is still not asked in a hot loop.
 const HOST_WAIT_MIN: Duration = Duration::from_millis(100);
 
@@ -102,7 +107,11 @@ impl Listener {
     pub async fn load(tools: &Tools, db: &DbName, rules: &[Arc<Rule>]) -> Result<Self, ListenError> {
         let id = document_id(db);
         let doc = tools.checkpoints.load(id.clone()).await.map_err(|gone| ListenError::Unsaved(gone.to_string()))?;
-        let positions = Positions::load(doc.as_ref(), &starts(rules));
+        let mut positions = Positions::load(doc.as_ref(), &starts(rules));
+        if tools.started.elapsed() < JUST_STARTED {
+            // Rules may have been edited or enabled, and hosts come back, while nobody was there.
+            positions.hold_at_most(SystemTime::now() + HELD_AT_START);
+        }
         let instance = doc.as_ref().and_then(|doc| doc["instance_start_time"].as_str()).map(str::to_string);
         Ok(Self {
             id,
@@ -175,7 +184,7 @@ impl Listener {
             let group = self.positions.group(index);
             let group_rules: Vec<Arc<Rule>> = rules.iter().filter(|rule| group.rules.contains(&rule.id)).cloned().collect();
             if group.hold.is_some()
-                && let Some(until) = hosts_closed_until(tools.webhooks.breakers(), &group_rules)
+                && let Some(until) = nothing_sent_until(tools, &group_rules)
             {
                 // Reading the page would only show again what cannot be sent.
                 self.positions.hold_on(index, until);
@@ -304,7 +313,9 @@ impl Listener {
         failures: &BTreeMap<RuleId, RuleFailure>,
     ) {
         let now = SystemTime::now();
-        let until = |retries| now + held_for(failures, tools.backoff.delay(retries, fastrand::f64()), fastrand::f64());
+        let until = |rule: Option<&RuleId>, retries| {
+            now + held_for(rule, failures, tools.backoff.delay(retries, fastrand::f64()), fastrand::f64())
+        };
         self.positions.page_done(index, outcome, until);
         let held = self.positions.held_rules();
         for rule in self.rule_revs.keys() {
@@ -367,22 +378,29 @@ impl Listener {
     }
 }
 
-/// Until when none of these rules' hosts is asked, where that is so.
-fn hosts_closed_until(breakers: &Breakers, rules: &[Arc<Rule>]) -> Option<SystemTime> {
-    let until = |rule: &Arc<Rule>| breakers.open_until(rule.lane.as_deref()?);
-    let first = rules.iter().map(until).collect::<Option<Vec<_>>>()?.into_iter().min()?;
-    let wait = first.saturating_duration_since(tokio::time::Instant::now());
-    Some(SystemTime::now() + wait.max(HOST_WAIT_MIN).mul_f64(1.0 + 0.1 * fastrand::f64()))
+/// Until when nothing is sent for any of these rules, where that is so: they are disabled, or their hosts are not asked.
+fn nothing_sent_until(tools: &Tools, rules: &[Arc<Rule>]) -> Option<SystemTime> {
+    let now = tokio::time::Instant::now();
+    let wait = |rule: &Arc<Rule>| match tools.deliveries.is_disabled(rule) {
+        true => Some(DISABLED_FOR),
+        false => Some(tools.webhooks.breakers().open_until(rule.lane.as_deref()?)?.saturating_duration_since(now)),
+    };
+    let first = rules.iter().map(wait).collect::<Option<Vec<_>>>()?.into_iter().min()?;
+    Some(SystemTime::now() + first.max(HOST_WAIT_MIN).mul_f64(1.0 + 0.1 * fastrand::f64()))
 }
 
 /// How long the rules that failed wait: what backs off by itself waits for `delay` or what its receiver asked for; what waits
 /// for its host does for as long as that is not asked, and a little more, so that not all of them come at once.
-fn held_for(failures: &BTreeMap<RuleId, RuleFailure>, delay: Duration, random: f64) -> Duration {
+fn held_for(rule: Option<&RuleId>, failures: &BTreeMap<RuleId, RuleFailure>, delay: Duration, random: f64) -> Duration {
     let of = |failure: &RuleFailure| match failure.wait {
         Wait::Backoff { after } => delay.max(after.unwrap_or_default()),
         Wait::For(host) => host.max(HOST_WAIT_MIN).mul_f64(1.0 + 0.1 * random),
     };
-    failures.values().map(of).max().unwrap_or(delay)
+    match rule.and_then(|rule| failures.get(rule)) {
+        Some(failure) => of(failure),
+        // It waits for others, which are those that failed.
+        None => failures.values().map(of).max().unwrap_or(delay),
+    }
 }
 
 /// A `change_listener` document without a position.

@@ -146,6 +146,13 @@ impl Positions {
         }
     }
 
+    /// No group waits longer than until then: what it waits for may have changed while nobody looked.
+    pub fn hold_at_most(&mut self, until: SystemTime) {
+        for hold in self.groups.iter_mut().filter_map(|group| group.hold.as_mut()) {
+            hold.until = hold.until.min(until);
+        }
+    }
+
     /// A new run: whoever is not held back reads again, and whoever's time has come tries again.
     pub fn begin_run(&mut self) {
         self.joins = 0;
@@ -195,8 +202,9 @@ impl Positions {
         self.changed = true;
     }
 
-    /// Takes in what became of a page. `backoff` is asked for each group that is now held back, with its retries so far.
-    pub fn page_done(&mut self, index: usize, page: PageOutcome, mut backoff: impl FnMut(u32) -> SystemTime) {
+    /// Takes in what became of a page. `backoff` is asked for each group that is now held back, with its rule, or None for all of the
+    /// page, and its retries so far.
+    pub fn page_done(&mut self, index: usize, page: PageOutcome, mut backoff: impl FnMut(Option<&RuleId>, u32) -> SystemTime) {
         self.reads += 1;
         self.joins += usize::from(self.groups[index].at_end.is_some());
         let alone = self.groups.len() == 1;
@@ -208,7 +216,7 @@ impl Positions {
             let first = page.failed.values().copied().min().unwrap_or(blocked_at).min(blocked_at);
             let group = &mut self.groups[index];
             group.since = since_before(first);
-            group.hold = Some(Hold { until: backoff(retries), retries: retries.saturating_add(1) });
+            group.hold = Some(Hold { until: backoff(None, retries), retries: retries.saturating_add(1) });
             group.delivered.extend(page.delivered);
             group.at_end = None;
             group.placed = self.reads;
@@ -227,7 +235,7 @@ impl Positions {
             let mut delivered = page.delivered.clone();
             delivered.extend(self.groups[index].delivered.iter().copied());
             split.push(Group {
-                hold: Some(Hold { until: backoff(retries), retries: retries.saturating_add(1) }),
+                hold: Some(Hold { until: backoff(Some(rule), retries), retries: retries.saturating_add(1) }),
                 delivered,
                 placed: self.reads,
                 ..Group::at(BTreeSet::from([rule.clone()]), since_before(*first))
@@ -421,7 +429,7 @@ mod tests {
         page
     }
 
-    const LATER: fn(u32) -> SystemTime = |_| SystemTime::UNIX_EPOCH + Duration::from_secs(4_000_000_000);
+    const LATER: fn(Option<&RuleId>, u32) -> SystemTime = |_, _| SystemTime::UNIX_EPOCH + Duration::from_secs(4_000_000_000);
 
     fn stored(positions: &Positions) -> Value {
         let mut doc = Map::new();
@@ -470,7 +478,7 @@ mod tests {
     fn a_rule_that_recovers_joins_the_others_again() {
         let mut positions = Positions::load(Some(&json!({ "last_seq": "0" })), &[rule("dead"), rule("live")]);
         positions.begin_run();
-        positions.page_done(0, failing(page(&["1", "2"], true), "dead", 0), |_| SystemTime::UNIX_EPOCH);
+        positions.page_done(0, failing(page(&["1", "2"], true), "dead", 0), |_, _| SystemTime::UNIX_EPOCH);
         let now = SystemTime::now();
         positions.begin_run();
         for _ in 0..6 {
@@ -504,7 +512,7 @@ mod tests {
         positions.begin_run();
         // b stops behind a; c goes on to the end.
         let outcome = failing(failing(page(&["1", "2", "3", "4"], true), "a", 1), "b", 3);
-        positions.page_done(0, outcome, |_| SystemTime::UNIX_EPOCH);
+        positions.page_done(0, outcome, |_, _| SystemTime::UNIX_EPOCH);
         assert_eq!(stored(&positions)["last_seq"], "1");
         // a comes back and reads on, past b perhaps: nobody can tell, so last_seq stays.
         positions.begin_run();
@@ -548,7 +556,7 @@ mod tests {
     fn groups_that_cannot_meet_do_not_hold_the_run() {
         let mut positions = Positions::load(Some(&json!({ "last_seq": "0" })), &[rule("dead"), rule("live")]);
         positions.begin_run();
-        positions.page_done(0, failing(page(&["1", "2"], true), "dead", 0), |_| SystemTime::UNIX_EPOCH);
+        positions.page_done(0, failing(page(&["1", "2"], true), "dead", 0), |_, _| SystemTime::UNIX_EPOCH);
         positions.begin_run();
         let mut reads = 0;
         while let Some(index) = positions.next_read(SystemTime::now()) {
@@ -639,8 +647,8 @@ mod tests {
                     for (rule, until) in group.rules.iter().zip(until) {
                         delivered.get_mut(rule).unwrap().extend(&read[..until]);
                     }
-                    let retry = if fate % 2 == 0 { SystemTime::UNIX_EPOCH } else { LATER(0) };
-                    positions.page_done(index, outcome, |_| retry);
+                    let retry = if fate % 2 == 0 { SystemTime::UNIX_EPOCH } else { LATER(None, 0) };
+                    positions.page_done(index, outcome, |_, _| retry);
                     let mut stored = Map::new();
                     positions.store(&mut stored);
                     doc = Value::Object(stored);

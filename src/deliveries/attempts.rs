@@ -1,11 +1,12 @@
 //! Tries again what is parked: claim, read, send, settle. And ends what nobody wants any more.
 
 use super::index::Entry;
+use super::missing::Missing;
 use super::park::failed_again;
 use super::parked::{Disabled, Key, Parked, State, generation};
 use super::{Arguments, Deliveries};
 use crate::couch::docs::Current;
-use crate::couch::{CouchError, Row, Seq, WriteResult};
+use crate::couch::{CouchError, Rev, Row, Seq, WriteResult};
 use crate::job::{DbName, Failed, Outcome, Verdict};
 use crate::rules::catalogue::{Snapshot, changed_rules};
 use crate::rules::document::Document;
@@ -13,10 +14,10 @@ use crate::rules::rule::Rule;
 use crate::schedule::Breakers;
 use crate::telemetry::StateLabels;
 use serde_json::{Value, json};
-use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
-use tokio::task::JoinSet;
+use tokio::task::{Id, JoinSet};
 
 /// Tries under way; each is one document of a user's in memory.
 const IN_FLIGHT_MAX: usize = 256;
@@ -29,11 +30,25 @@ const TIDY_MAX: usize = 500;
 const NOT_NOW: Duration = Duration::from_secs(60);
 /// CouchDB did not answer as it should; it is asked again after this.
 const COUCHDB_FAILED: Duration = Duration::from_secs(5);
+/// Of its lease a try leaves so much for writing down what came of it.
+const LEASE_REST: Duration = Duration::from_secs(5);
+
+/// What a try finds of its document.
+enum Newest {
+    /// As the feed would tell of it.
+    Is(Row),
+    Later(Duration),
+    Gone,
+}
+
+/// One that is due: its key, the revision of its document as we know it, its rule.
+type Due = (Key, Box<str>, Arc<Rule>);
 
 struct Tries {
     arguments: Arguments,
-    /// Since when a database is missing.
-    missing: Mutex<HashMap<DbName, Instant>>,
+    missing_dbs: Missing<DbName>,
+    missing_docs: Missing<Key>,
+    missing_rules: Missing<Arc<str>>,
 }
 
 pub(super) async fn run(arguments: Arguments) {
@@ -43,21 +58,28 @@ pub(super) async fn run(arguments: Arguments) {
     let Ok(mut known) = snapshots.wait_for(|snapshot| snapshot.is_loaded()).await.map(|snapshot| snapshot.clone()) else {
         return std::future::pending().await;
     };
-    let tries = Arc::new(Tries { arguments, missing: Mutex::new(HashMap::new()) });
+    // Whoever ran before us took what it had in flight with it.
+    deliveries.book.index().land_all();
+    let tidy_every = TIDY_EVERY.min(deliveries.settings.assume_deleted_after).max(Duration::from_secs(1));
+    let (missing_dbs, missing_docs, missing_rules) = (Missing::default(), Missing::default(), Missing::default());
+    let tries = Arc::new(Tries { arguments, missing_dbs, missing_docs, missing_rules });
+    tries.end_disabled(&known).await;
     let mut under_way = JoinSet::new();
-    let mut tidy = tokio::time::interval(TIDY_EVERY);
+    let mut keys_of: HashMap<Id, Vec<Key>> = HashMap::new();
+    let mut tidy = tokio::time::interval(tidy_every);
     tidy.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
-        let wait = tries.start_due(&mut under_way, &known);
+        let wait = tries.start_due(&mut under_way, &mut keys_of, &known);
         tokio::select! {
             () = deliveries.book.changed.notified() => {}
             () = tokio::time::sleep(wait) => {}
-            Some(ended) = under_way.join_next() => {
-                if let Err(error) = ended
-                    && error.is_panic()
-                {
-                    // The lease of what it held runs out; the process goes on.
-                    tracing::error!("a try of parked deliveries crashed");
+            Some(ended) = under_way.join_next_with_id() => {
+                let id = ended.as_ref().map_or_else(|error| error.id(), |(id, ())| *id);
+                let keys = keys_of.remove(&id).unwrap_or_default();
+                if ended.is_err() {
+                    tracing::error!(deliveries = keys.len(), "a try of parked deliveries crashed, it is made again later");
+                    let again = SystemTime::now() + deliveries.settings.lease;
+                    keys.iter().for_each(|key| deliveries.book.index().landed(key, Some(again)));
                 }
             }
             Ok(()) = snapshots.changed() => {
@@ -71,10 +93,19 @@ pub(super) async fn run(arguments: Arguments) {
 }
 
 impl Tries {
+    fn deliveries(&self) -> &Deliveries {
+        &self.arguments.deliveries
+    }
+
     /// How long nothing will be due.
-    fn start_due(self: &Arc<Self>, under_way: &mut JoinSet<()>, snapshot: &Arc<Snapshot>) -> Duration {
+    fn start_due(
+        self: &Arc<Self>,
+        under_way: &mut JoinSet<()>,
+        keys_of: &mut HashMap<Id, Vec<Key>>,
+        snapshot: &Arc<Snapshot>,
+    ) -> Duration {
         let now = SystemTime::now();
-        let room = IN_FLIGHT_MAX.saturating_sub(under_way.len() * OF_ONE_DATABASE_MAX.min(8));
+        let room = IN_FLIGHT_MAX.saturating_sub(keys_of.values().map(Vec::len).sum());
         let due = {
             let mut index = self.deliveries().book.index();
             let disabled: Vec<(String, String)> =
@@ -82,16 +113,19 @@ impl Tries {
             let breakers = self.arguments.webhooks.breakers();
             index.take_due(now, room, |entry| not_now(entry, snapshot, &disabled, breakers, now))
         };
-        let mut by_db: BTreeMap<DbName, Vec<(Key, Arc<Rule>)>> = BTreeMap::new();
+        let mut by_db: BTreeMap<DbName, Vec<Due>> = BTreeMap::new();
         for (key, entry) in due {
-            if let Some(rule) = snapshot.rule(&entry.rule).cloned() {
-                by_db.entry(entry.db.clone()).or_default().push((key, rule));
+            match snapshot.rule(&entry.rule).cloned() {
+                Some(rule) => by_db.entry(entry.db).or_default().push((key, entry.doc_rev, rule)),
+                None => self.deliveries().book.index().landed(&key, Some(now + NOT_NOW)),
             }
         }
         for (db, owed) in by_db {
             for some in owed.chunks(OF_ONE_DATABASE_MAX) {
+                let keys = some.iter().map(|(key, _, _)| *key).collect();
                 let (tries, db, some) = (self.clone(), db.clone(), some.to_vec());
-                under_way.spawn(async move { tries.attempt(db, some).await });
+                let task = under_way.spawn(async move { tries.attempt(db, some).await });
+                keys_of.insert(task.id(), keys);
             }
         }
         let next = self.deliveries().book.index().next_due();
@@ -102,34 +136,35 @@ impl Tries {
         }
     }
 
-    fn deliveries(&self) -> &Deliveries {
-        &self.arguments.deliveries
-    }
-
-    async fn attempt(self: &Arc<Self>, db: DbName, owed: Vec<(Key, Arc<Rule>)>) {
+    async fn attempt(self: &Arc<Self>, db: DbName, owed: Vec<Due>) {
         self.arguments.couch.health().up().await;
-        let claims = futures_util::future::join_all(owed.iter().map(|(key, _)| self.claim(*key))).await;
-        let claimed: Vec<(Parked, Arc<Rule>)> =
-            claims.into_iter().zip(owed).filter_map(|(claim, (_, rule))| Some((claim?, rule))).collect();
+        let claims = owed.iter().map(|(key, doc_rev, _)| self.claim(*key, doc_rev));
+        let claims = futures_util::future::join_all(claims).await;
+        let mut claimed: Vec<(Parked, Arc<Rule>)> =
+            claims.into_iter().zip(owed).filter_map(|(claim, (_, _, rule))| Some((claim?, rule))).collect();
         if claimed.is_empty() {
             return;
+        }
+        let until = Instant::now() + self.deliveries().settings.lease.saturating_sub(LEASE_REST);
+        // A database that was made again has equal revisions that are other changes.
+        if let Ok([Some(info)]) = self.arguments.couch.dbs_info(&[&db]).await.as_deref() {
+            claimed.iter_mut().for_each(|(parked, _)| parked.instance_start_time = info.instance_start_time.clone());
         }
         let ids: Vec<String> = claimed.iter().map(|(parked, _)| parked.doc_id.clone()).collect();
         let include_docs = claimed.iter().any(|(_, rule)| rule.needs_doc());
         let read = Instant::now();
         let current = match self.arguments.couch.current_docs(&db, &ids, include_docs).await {
-            Ok(current) => {
-                self.missing.lock().unwrap_or_else(PoisonError::into_inner).remove(&db);
-                current
-            }
+            Ok(current) => current,
             Err(error) => return self.unread(&db, claimed, &error).await,
         };
-        let sent = claimed.into_iter().zip(current).map(|((parked, rule), current)| self.send(parked, rule, current, read));
+        self.missing_dbs.is_there(&db);
+        let claimed = claimed.into_iter().zip(current);
+        let sent = claimed.map(|((parked, rule), current)| self.send(parked, rule, current, (read, until)));
         futures_util::future::join_all(sent).await;
     }
 
     /// Ours for a while, or None where somebody else has it or it is there no more.
-    async fn claim(&self, key: Key) -> Option<Parked> {
+    async fn claim(&self, key: Key, known_rev: &str) -> Option<Parked> {
         let (deliveries, now) = (self.deliveries(), SystemTime::now());
         let again = Some(now + COUCHDB_FAILED);
         let Ok(doc) = deliveries.store.load(key.doc_id()).await else {
@@ -138,16 +173,18 @@ impl Tries {
         };
         let Some(mut parked) = doc.as_ref().and_then(Parked::read).filter(|parked| parked.state == State::Parked) else {
             let mut index = deliveries.book.index();
-            index.landed(&key, None);
+            index.landed(&key, again);
             match doc.as_ref().and_then(Parked::read) {
                 Some(ended) => drop(index.put(&ended)),
-                None => drop(index.forget(&key)),
+                None => drop(index.forget_if(&key, known_rev)),
             }
             return None;
         };
         let is_ours = parked.claimed_by.as_deref() == Some(&self.arguments.process);
         if let (Some(_), false, Some(until)) = (&parked.claimed_by, is_ours, parked.next_attempt_at)
             && until > now
+            // A clock that ran ahead must not keep it from everybody.
+            && until <= now + deliveries.settings.lease * 2
         {
             deliveries.book.index().landed(&key, Some(until));
             return None;
@@ -169,26 +206,60 @@ impl Tries {
     }
 
     async fn unread(&self, db: &DbName, claimed: Vec<(Parked, Arc<Rule>)>, error: &CouchError) {
-        let mut is_gone = false;
-        if matches!(error, CouchError::NotFound(_)) && matches!(self.arguments.couch.dbs_info(&[db]).await.as_deref(), Ok([None]))
-        {
-            let mut missing = self.missing.lock().unwrap_or_else(PoisonError::into_inner);
-            let since = *missing.entry(db.clone()).or_insert_with(Instant::now);
-            is_gone = since.elapsed() >= self.deliveries().settings.assume_deleted_after;
-        } else {
+        let after = self.deliveries().settings.assume_deleted_after;
+        let is_missing = matches!(error, CouchError::NotFound(_))
+            && matches!(self.arguments.couch.dbs_info(&[db]).await.as_deref(), Ok([None]));
+        let is_gone = is_missing && self.missing_dbs.is_gone(db.clone(), after);
+        let pause = if is_missing { NOT_NOW.min(after) } else { COUCHDB_FAILED };
+        if !is_missing {
             tracing::debug!(%db, %error, "cannot read what parked deliveries are about, trying again");
         }
-        for (parked, _) in claimed {
+        let deliveries = claimed.len();
+        let ends = claimed.into_iter().map(|(parked, _)| async move {
             match is_gone {
                 true => self.end(parked, State::Dropped, "the database is gone").await,
-                false => self.unclaim(parked, COUCHDB_FAILED).await,
+                false => self.unclaim(parked, pause).await,
             }
+        });
+        futures_util::future::join_all(ends).await;
+        if is_gone {
+            self.missing_dbs.is_there(db);
+            tracing::warn!(%db, deliveries, "parked deliveries were dropped, because their database is gone; they stay listed");
         }
     }
 
-    async fn send(&self, parked: Parked, rule: Arc<Rule>, current: Current, read: Instant) {
-        let Some(row) = row_of(&parked, current) else {
-            return self.end(parked, State::Dropped, "the document is gone").await;
+    /// What is known of the document now. A node that lags knows nothing of it, or an older state than the feed told of.
+    async fn newest(&self, parked: &Parked, rule: &Rule, current: Current) -> Newest {
+        let (key, after) = (parked.key(), self.deliveries().settings.assume_deleted_after);
+        let (rev, doc, deleted) = match current {
+            Current::Missing if self.missing_docs.is_gone(key, after) => return Newest::Gone,
+            Current::Missing => return Newest::Later(NOT_NOW.min(after)),
+            Current::Is { rev, doc } => (rev, doc, false),
+            Current::Deleted { rev } if rule.needs_doc() => {
+                match self.arguments.couch.tombstone(&parked.db, &parked.doc_id, &rev).await {
+                    Ok(doc) => (rev, doc, true),
+                    Err(_) => return Newest::Later(COUCHDB_FAILED),
+                }
+            }
+            Current::Deleted { rev } => (rev, None, true),
+        };
+        if generation(&rev) < generation(&parked.rev) && !self.missing_docs.is_gone(key, after) {
+            return Newest::Later(NOT_NOW.min(after));
+        }
+        self.missing_docs.is_there(&key);
+        let seq = match &parked.seq {
+            Value::Number(number) => Seq::Number(number.as_u64().unwrap_or_default()),
+            Value::String(text) => Seq::from(text.as_str()),
+            _ => Seq::zero(),
+        };
+        Newest::Is(Row { seq, id: parked.doc_id.clone(), changes: vec![Rev { rev }], deleted, doc })
+    }
+
+    async fn send(&self, parked: Parked, rule: Arc<Rule>, current: Current, (read, until): (Instant, Instant)) {
+        let row = match self.newest(&parked, &rule, current).await {
+            Newest::Is(row) => row,
+            Newest::Later(pause) => return self.unclaim(parked, pause).await,
+            Newest::Gone => return self.end(parked, State::Dropped, "the document is gone").await,
         };
         let doc = Document::of(&row);
         if !rule.matches(&doc) {
@@ -197,15 +268,11 @@ impl Tries {
             return self.done(parked, row.rev()).await;
         }
         let db: DbName = parked.db.as_str().into();
-        let mut delivery = match crate::webhook::delivery(
-            &self.arguments.vault,
-            &rule,
-            &db,
-            &parked.instance_start_time,
-            &doc,
-            parked.replays,
-        ) {
+        let (vault, instance) = (&self.arguments.vault, &parked.instance_start_time);
+        let mut delivery = match crate::webhook::delivery(vault, &rule, &db, instance, &doc, parked.replays) {
             Ok(delivery) => delivery,
+            // The same holds the rule where it has new changes.
+            Err(error) if error.concerns_rule() => return self.unclaim(parked, NOT_NOW * 10).await,
             Err(error) => {
                 let failed = Failed { error: error.to_string(), verdict: Verdict::Later, attempts: 0, answer: None };
                 return self.failed(parked, &rule, &failed).await;
@@ -215,9 +282,14 @@ impl Tries {
         if let Some(gathered) = &mut delivery.gathered {
             gathered.go_alone();
         }
-        match self.arguments.webhooks.run(delivery).await {
+        let Ok(outcome) = tokio::time::timeout_at(until.into(), self.arguments.webhooks.run(delivery)).await else {
+            // It may be under way still, and nobody may make it again before it cannot be.
+            let again = SystemTime::now() + LEASE_REST + self.deliveries().settings.attempt_max;
+            return self.deliveries().book.index().landed(&parked.key(), Some(again));
+        };
+        match outcome {
             Ok(Outcome::Done) => {
-                self.deliveries().book.index().accepted(parked.key(), read);
+                self.deliveries().book.index().accepted(parked.key(), row.rev(), read);
                 self.done(parked, row.rev()).await;
             }
             Ok(Outcome::Failed(failed)) => {
@@ -247,14 +319,15 @@ impl Tries {
                 }
             }
             Ok(WriteResult::Conflict) => {
-                let sent = sent.to_string();
-                self.update(key, move |now_parked| {
-                    // A newer change joined while the request was under way; or the same, or somebody asked for another try.
-                    let is_owed = generation(&now_parked.rev) > generation(&sent)
-                        || (generation(&now_parked.rev) == generation(&sent) && now_parked.rev != sent)
-                        || now_parked.claimed_by.is_none();
-                    now_parked.claimed_by = None;
-                    now_parked.next_attempt_at = Some(SystemTime::now());
+                let (sent, instance) = (sent.to_string(), parked.instance_start_time.clone());
+                self.update(key, move |parked| {
+                    // Another state joined while the request was under way, of this database or of another of its name; or
+                    // somebody asked for another try.
+                    let is_owed = parked.rev != sent || parked.instance_start_time != instance || parked.claimed_by.is_none();
+                    let now = SystemTime::now();
+                    (parked.claimed_by, parked.next_attempt_at) = (None, Some(now));
+                    // That one has not failed yet.
+                    (parked.retries, parked.first_failed_at) = (0, now);
                     is_owed
                 })
                 .await;
@@ -290,7 +363,7 @@ impl Tries {
             true
         })
         .await;
-        tracing::warn!(rule = parked.rule, db = parked.db, reason, "a parked delivery was {}, it stays listed", state.name());
+        tracing::debug!(rule = parked.rule, db = parked.db, reason, "a parked delivery was {}, it stays listed", state.name());
     }
 
     /// Writes what a try came to, whoever wrote the document meanwhile; false from `change` deletes the document.
@@ -312,17 +385,17 @@ impl Tries {
         });
         let updated = updated.await;
         let mut index = deliveries.book.index();
-        index.landed(&key, None);
         match (updated, latest) {
             (Ok(Some(doc)), Some(mut parked)) => {
+                index.landed(&key, None);
                 parked.doc_rev = doc["_rev"].as_str().unwrap_or_default().to_string();
                 match doc["_deleted"] == Value::Bool(true) {
-                    true => drop(index.forget(&key)),
+                    true => drop(index.forget_until(&key, &parked.doc_rev)),
                     false => drop(index.put(&parked)),
                 }
             }
             // Ended by somebody else, or gone: the changes tell of it.
-            (Ok(_), _) => {}
+            (Ok(_), _) => index.landed(&key, Some(SystemTime::now() + COUCHDB_FAILED)),
             (Err(error), _) => {
                 index.landed(&key, Some(SystemTime::now() + COUCHDB_FAILED));
                 tracing::debug!(%error, "cannot write what a try of a parked delivery came to");
@@ -332,15 +405,19 @@ impl Tries {
         deliveries.book.changed.notify_one();
     }
 
-    /// An edit may mend what failed; and a rule that was disabled by its old revision is not any more.
+    /// An edit may mend what failed.
     async fn rules_changed(&self, before: &Snapshot, after: &Snapshot) {
-        let now = SystemTime::now();
         let changed = changed_rules(before, after);
+        let edited: HashSet<&str> = changed.iter().map(|rule| rule.id.as_ref()).collect();
+        self.deliveries().book.index().hurry(&edited, SystemTime::now());
+        self.end_disabled(after).await;
+        self.tidy(after).await;
+    }
+
+    /// A rule is disabled in one revision only.
+    async fn end_disabled(&self, after: &Snapshot) {
         let overtaken: Vec<Disabled> = {
-            let mut index = self.deliveries().book.index();
-            for rule in &changed {
-                index.hurry(&rule.id, now);
-            }
+            let index = self.deliveries().book.index();
             let is_over = |known: &&Disabled| after.rule(&known.rule).is_none_or(|rule| rule.rev != known.rule_rev);
             index.disabled().filter(is_over).cloned().collect()
         };
@@ -351,16 +428,32 @@ impl Tries {
                 self.deliveries().book.index().enable(&disabled.rule);
             }
         }
-        self.tidy(after).await;
+    }
+
+    /// Rules with parked deliveries that are no more, and have not been for a while: one that is written anew, as a deployment
+    /// does, is the same rule.
+    fn deleted_rules(&self, snapshot: &Snapshot) -> HashSet<Arc<str>> {
+        let parked = self.deliveries().book.index().parked_of_rules();
+        let absent = parked.into_iter().map(|(rule, _)| rule).filter(|rule| snapshot.rule(rule).is_none());
+        let absent: HashSet<Arc<str>> = absent.filter(|rule| !snapshot.is_invalid_rule(rule)).collect();
+        self.missing_rules.keep(|rule| absent.contains(rule));
+        let after = self.deliveries().settings.assume_deleted_after;
+        absent.into_iter().filter(|rule| self.missing_rules.is_gone(rule.clone(), after)).collect()
     }
 
     /// Ends what is owed by a rule that is no more, and forgets what ended long ago.
     async fn tidy(&self, snapshot: &Snapshot) {
-        let retention = self.deliveries().settings.retention;
+        let settings = &self.deliveries().settings;
+        self.missing_dbs.forget_after(settings.assume_deleted_after * 2 + NOT_NOW * 4);
+        self.missing_docs.forget_after(settings.assume_deleted_after * 2 + NOT_NOW * 4);
+        let deleted = &self.deleted_rules(snapshot);
         let (unwanted, old, counts) = {
-            let index = self.deliveries().book.index();
-            let unwanted = index.unwanted(TIDY_MAX, |entry| unwanted_because(entry, snapshot).is_some());
-            let before = SystemTime::now().checked_sub(retention).unwrap_or(SystemTime::UNIX_EPOCH);
+            let mut index = self.deliveries().book.index();
+            index.forget_accepted(Instant::now());
+            let unwanted = index.unwanted(TIDY_MAX, |entry| unwanted_because(entry, snapshot, deleted).is_some());
+            let before = SystemTime::now().checked_sub(settings.retention).unwrap_or(SystemTime::UNIX_EPOCH);
+            let disabled = index.disabled().count();
+            self.arguments.metrics.rules_disabled.set(i64::try_from(disabled).unwrap_or(i64::MAX));
             (unwanted, index.ended_before(before, TIDY_MAX), State::ALL.map(|state| (state, index.count(state))))
         };
         for (state, count) in counts {
@@ -368,7 +461,7 @@ impl Tries {
             gauge.set(i64::try_from(count).unwrap_or(i64::MAX));
         }
         let ends = unwanted.into_iter().map(|(key, entry)| async move {
-            let reason = unwanted_because(&entry, snapshot).unwrap_or_default();
+            let reason = unwanted_because(&entry, snapshot, deleted).unwrap_or_default();
             self.update(key, |parked| {
                 parked.end(State::Dropped, reason, SystemTime::now());
                 true
@@ -411,27 +504,11 @@ fn not_now(
     Some(now + closed.mul_f64(1.0 + 0.1 * fastrand::f64()))
 }
 
-/// Why nobody wants it any more. A rule that is damaged for the moment is no such reason.
-fn unwanted_because(entry: &Entry, snapshot: &Snapshot) -> Option<&'static str> {
+/// Why nobody wants it any more. A rule that is damaged for the moment, or away for a moment, is no such reason.
+fn unwanted_because(entry: &Entry, snapshot: &Snapshot, deleted: &HashSet<Arc<str>>) -> Option<&'static str> {
     match snapshot.rule(&entry.rule) {
-        None if snapshot.is_invalid_rule(&entry.rule) => None,
-        None => Some("its rule was deleted"),
+        None => deleted.contains(&entry.rule).then_some("its rule was deleted"),
         Some(rule) if !rule.matches_name(&entry.db) => Some("its rule does not match the database any more"),
         Some(_) => None,
     }
-}
-
-/// As the feed would tell of it.
-fn row_of(parked: &Parked, current: Current) -> Option<Row> {
-    let seq = match &parked.seq {
-        Value::Number(number) => Seq::Number(number.as_u64().unwrap_or_default()),
-        Value::String(text) => Seq::from(text.as_str()),
-        _ => Seq::zero(),
-    };
-    let (rev, deleted, doc) = match current {
-        Current::Missing => return None,
-        Current::Deleted { rev } => (rev, true, None),
-        Current::Is { rev, doc } => (rev, false, doc),
-    };
-    Some(Row { seq, id: parked.doc_id.clone(), changes: vec![crate::couch::changes::Rev { rev }], deleted, doc })
 }

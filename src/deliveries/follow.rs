@@ -1,13 +1,20 @@
 //! Reads the deliveries database, and then its changes: what another process or a person wrote is known at once.
 
+use super::Arguments;
 use super::parked::{DELIVERY, DISABLED, Disabled, Key, Parked};
-use super::{Arguments, Book};
 use crate::couch::{ChangesQuery, CouchError, FeedLine, Row, Seq};
 use serde_json::Value;
-use std::time::Duration;
+use std::collections::HashSet;
+use std::time::{Duration, Instant, SystemTime};
 
 /// Documents read by one request.
 const PAGE: usize = 500;
+/// The changes are followed for so long before everything is read anew.
+const READ_ANEW_AFTER: Duration = Duration::from_secs(3_600);
+/// What ends sooner has failed.
+const FOLLOWED_MIN: Duration = Duration::from_secs(30);
+/// Failures in a row that are worth a line.
+const SAID_AFTER: u32 = 3;
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(30);
 
@@ -20,19 +27,23 @@ pub(super) async fn run(arguments: Arguments) {
             Ok(since) => {
                 book.set_loaded();
                 book.changed.notify_one();
-                if failures > 0 {
+                if failures >= SAID_AFTER {
                     tracing::info!(db = arguments.db_name, "the deliveries database can be read again");
                 }
-                failures = 0;
-                // However it ends, everything is read anew: what happened meanwhile may not be in the changes any more.
-                if let Err(error) = follow(&arguments, since).await
-                    && !error.is_outage()
+                let started = Instant::now();
+                // However it ends, everything is read anew: what happened meanwhile may not be in the changes any more. So it is
+                // now and then in any case, because a node that lagged may have hidden something.
+                let followed = tokio::time::timeout(READ_ANEW_AFTER, follow(&arguments, since)).await;
+                failures = if started.elapsed() < FOLLOWED_MIN { failures.saturating_add(1) } else { 0 };
+                if let Ok(Err(error)) = followed
+                    && failures == SAID_AFTER
+                    && arguments.couch.health().is_up()
                 {
-                    tracing::debug!(%error, "the changes of the deliveries database ended");
+                    tracing::error!(db = arguments.db_name, %error, "cannot follow the changes of the deliveries database");
                 }
             }
             Err(error) => {
-                if failures == 0 && !error.is_outage() {
+                if failures == 0 && arguments.couch.health().is_up() {
                     tracing::error!(db = arguments.db_name, %error, "cannot read the deliveries database, nothing is delivered until then");
                 }
                 failures = failures.saturating_add(1);
@@ -47,69 +58,57 @@ pub(super) async fn run(arguments: Arguments) {
 /// release without it has not installed it.
 async fn load(arguments: &Arguments) -> Result<Seq, CouchError> {
     let Arguments { couch, db_name, .. } = arguments;
-    let since = match couch.db_info(db_name).await {
-        Ok(info) => info.update_seq,
+    let (since, is_empty) = match couch.db_info(db_name).await {
+        Ok(info) => (info.update_seq, info.doc_count == 0),
         Err(CouchError::NotFound(_)) => {
             if couch.create_db(db_name).await? {
                 tracing::info!(db = db_name, "created the deliveries database");
             }
-            couch.set_admins_only(db_name).await?;
-            Seq::zero()
+            (Seq::zero(), true)
         }
         Err(error) => return Err(error),
     };
+    if is_empty {
+        // Whoever made it may not have come that far.
+        couch.set_admins_only(db_name).await?;
+    }
     let book = &arguments.deliveries.book;
-    let was_loaded = book.index().is_loaded();
-    let mut docs = Vec::new();
+    // Before anything is read: what is parked meanwhile is not taken for gone.
+    let (mut gone, mut enabled): (HashSet<Key>, HashSet<String>) = {
+        let index = book.index();
+        (index.keys().collect(), index.disabled().map(|known| known.rule.clone()).collect())
+    };
     for prefix in [DELIVERY, DISABLED] {
         let mut after: Option<String> = None;
         loop {
             let page = couch.docs_by_prefix(db_name, prefix, after.as_deref(), PAGE).await?;
             let Some(last) = page.last().and_then(|doc| doc["_id"].as_str()).map(str::to_string) else { break };
             after = Some(last);
-            match was_loaded {
-                // The index is in use: what is gone is found below.
-                true => docs.extend(page.into_iter().map(reduced)),
-                false => page.iter().for_each(|doc| take_doc(arguments, doc)),
+            for doc in &page {
+                match (Parked::read(doc), Disabled::read(doc)) {
+                    (Some(parked), _) => {
+                        // One that was known before is as it was read: a database that was made again counts its revisions anew.
+                        match gone.remove(&parked.key()) {
+                            true => drop(book.index().put_as_read(&parked)),
+                            false => drop(book.index().put(&parked)),
+                        }
+                    }
+                    (None, Some(disabled)) => {
+                        enabled.remove(&disabled.rule);
+                        book.index().disable(disabled);
+                    }
+                    (None, None) => warn_of(doc),
+                }
             }
         }
     }
-    if was_loaded {
-        replace(arguments, book, &docs);
-    }
-    Ok(since)
-}
-
-/// The texts of the last answer are not kept in memory.
-fn reduced(mut doc: Value) -> Value {
-    if let Some(fields) = doc.as_object_mut() {
-        fields.remove("last_answer");
-        fields.remove("last_error");
-    }
-    doc
-}
-
-/// What is there takes the place of what was known; what is gone is forgotten.
-fn replace(arguments: &Arguments, book: &Book, docs: &[Value]) {
-    let there: std::collections::HashSet<Key> = docs.iter().filter_map(|doc| Key::parse(doc["_id"].as_str()?)).collect();
-    let disabled: std::collections::HashSet<String> =
-        docs.iter().filter_map(Disabled::read).map(|disabled| disabled.rule).collect();
-    let (gone, enabled): (Vec<Key>, Vec<String>) = {
-        let index = book.index();
-        let gone = index.keys().filter(|key| !there.contains(key)).collect();
-        let enabled = index.disabled().map(|known| known.rule.clone()).filter(|rule| !disabled.contains(rule)).collect();
-        (gone, enabled)
-    };
-    // What was parked while this was read may not have been there yet: only what is not in flight goes.
     for key in gone {
         book.index().forget_idle(&key);
     }
     for rule in enabled {
         enable(arguments, &rule);
     }
-    for doc in docs {
-        take_doc(arguments, doc);
-    }
+    Ok(since)
 }
 
 async fn follow(arguments: &Arguments, since: Seq) -> Result<(), CouchError> {
@@ -132,7 +131,10 @@ fn take_row(arguments: &Arguments, row: &Row) {
         if let Some(rule) = row.id.strip_prefix(DISABLED) {
             enable(arguments, rule);
         } else if let Some(key) = Key::parse(&row.id) {
-            forget(book, &key, row);
+            let last = book.index().forget_idle_until(&key, row.rev());
+            if let Some(rule) = last {
+                tracing::info!(%rule, "no delivery of the rule is parked any more");
+            }
         }
         return;
     }
@@ -142,47 +144,34 @@ fn take_row(arguments: &Arguments, row: &Row) {
     }
 }
 
-/// A row may be late: what we know may be a later state.
-fn forget(book: &Book, key: &Key, row: &Row) {
-    let mut index = book.index();
-    let is_late =
-        index.get(key).is_some_and(|entry| super::parked::generation(&entry.doc_rev) > super::parked::generation(row.rev()));
-    let last = (!is_late).then(|| index.get(key).map(|entry| entry.rule.clone())).flatten();
-    if let Some(rule) = last
-        && index.forget(key)
-    {
-        drop(index);
-        tracing::info!(%rule, "no delivery of the rule is parked any more");
+fn take_doc(arguments: &Arguments, doc: &Value) {
+    let book = &arguments.deliveries.book;
+    match (Parked::read(doc), Disabled::read(doc)) {
+        (Some(parked), _) => {
+            book.index().put(&parked);
+            book.changed.notify_one();
+        }
+        (None, Some(disabled)) => book.index().disable(disabled),
+        (None, None) => warn_of(doc),
     }
 }
 
-fn take_doc(arguments: &Arguments, doc: &Value) {
-    let book = &arguments.deliveries.book;
-    if let Some(parked) = Parked::read(doc) {
-        let mut index = book.index();
-        let is_late = index
-            .get(&parked.key())
-            .is_some_and(|entry| super::parked::generation(&entry.doc_rev) > super::parked::generation(&parked.doc_rev));
-        if !is_late {
-            index.put(&parked);
-            drop(index);
-            book.changed.notify_one();
-        }
-    } else if let Some(disabled) = Disabled::read(doc) {
-        book.index().disable(disabled);
-    } else if doc["_id"].as_str().is_some_and(|id| id.starts_with(DELIVERY) || id.starts_with(DISABLED)) {
+fn warn_of(doc: &Value) {
+    if doc["_id"].as_str().is_some_and(|id| id.starts_with(DELIVERY) || id.starts_with(DISABLED)) {
         tracing::warn!(id = doc["_id"].as_str(), "not a delivery's document, it is passed over");
     }
 }
 
 fn enable(arguments: &Arguments, rule: &str) {
-    if !arguments.deliveries.book.index().enable(rule) {
+    let book = &arguments.deliveries.book;
+    if !book.index().enable(rule) {
         return;
     }
+    book.index().hurry(&HashSet::from([rule]), SystemTime::now());
     let snapshot = arguments.snapshot.borrow().clone();
-    if let Some(rule) = snapshot.rules().iter().find(|known| known.id.as_ref() == rule) {
+    if let Some(rule) = snapshot.rule(rule) {
         tracing::info!(rule = %rule.id, "the rule is enabled again");
         (arguments.enabled)(rule.clone());
     }
-    arguments.deliveries.book.changed.notify_one();
+    book.changed.notify_one();
 }

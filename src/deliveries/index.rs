@@ -3,9 +3,9 @@
 //! The database is the truth. This is filled from it before anything is delivered, follows its changes, and takes in each
 //! write of ours when it is confirmed. An entry is about 300 bytes, and their number has a bound (`Bounds`).
 
-use super::parked::{Disabled, Key, Parked, State};
+use super::parked::{Disabled, Key, Parked, State, generation};
 use crate::job::DbName;
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -48,7 +48,7 @@ pub struct Index {
     due: BTreeSet<(SystemTime, Key)>,
     /// What is dead or dropped, by its end.
     ended: BTreeSet<(SystemTime, Key)>,
-    /// How many of each rule in each database, of whatever state.
+    /// How many are parked of each rule in each database.
     pairs: HashMap<Arc<str>, HashMap<DbName, usize>>,
     counts: [usize; 3],
     parked_of_rule: HashMap<Arc<str>, usize>,
@@ -57,14 +57,14 @@ pub struct Index {
     disabled: HashMap<Arc<str>, Disabled>,
     /// How often a rule was enabled again while we live.
     enabled: HashMap<Arc<str>, u64>,
-    /// Keys whose parked delivery was accepted, and when the document was read for it; the oldest first.
-    accepted: HashMap<Key, Instant>,
+    /// Keys whose parked delivery was accepted: when the document was read for it, and its generation; the oldest first.
+    accepted: HashMap<Key, (Instant, u64)>,
     accepted_order: VecDeque<(Instant, Key)>,
 }
 
 /// Pages wait in memory for seconds, and for minutes behind a slow receiver.
 const ACCEPTED_FOR: Duration = Duration::from_secs(3_600);
-const ACCEPTED_MAX: usize = 10_000;
+const ACCEPTED_MAX: usize = 100_000;
 
 impl Index {
     pub fn is_loaded(&self) -> bool {
@@ -75,11 +75,12 @@ impl Index {
         self.is_loaded = true;
     }
 
-    /// `received` is when the page with the change had been read.
-    pub fn standing(&self, key: &Key, received: Instant) -> Standing {
+    /// `received` is when the page with the change, of this revision, had been read.
+    pub fn standing(&self, key: &Key, rev: &str, received: Instant) -> Standing {
+        let is_later = |(read, sent): &(Instant, u64)| *read >= received && *sent >= generation(rev);
         match self.entries.get(key) {
             Some(entry) if entry.state == State::Parked => Standing::Parked,
-            _ if self.accepted.get(key).is_some_and(|read| *read >= received) => Standing::Superseded,
+            _ if self.accepted.get(key).is_some_and(is_later) => Standing::Superseded,
             _ => Standing::Free,
         }
     }
@@ -111,8 +112,16 @@ impl Index {
         }
     }
 
-    /// Takes in a document as it is in the database now. True where it is the first parked one of its rule.
+    /// Takes in a document of the database, unless a later state of it is known. True where it is the first parked one of its
+    /// rule.
     pub fn put(&mut self, parked: &Parked) -> bool {
+        let is_late =
+            self.entries.get(&parked.key()).is_some_and(|entry| generation(&entry.doc_rev) > generation(&parked.doc_rev));
+        !is_late && self.put_as_read(parked)
+    }
+
+    /// As `put`, where everything is read anew: the database may be another one, whose revisions begin again.
+    pub fn put_as_read(&mut self, parked: &Parked) -> bool {
         let key = parked.key();
         let was = self.remove(&key);
         // Our own try goes on, whoever wrote the document; its end looks at the revision.
@@ -126,7 +135,12 @@ impl Index {
             Some((db, _)) => db.clone(),
             None => parked.db.as_str().into(),
         };
-        *dbs.entry(db.clone()).or_default() += 1;
+        if parked.state == State::Parked {
+            *dbs.entry(db.clone()).or_default() += 1;
+        }
+        if dbs.is_empty() {
+            self.pairs.remove(&rule);
+        }
         let at = match parked.state {
             State::Parked => parked.next_attempt_at,
             State::Dead | State::Dropped => parked.ended_at,
@@ -171,6 +185,12 @@ impl Index {
         }
     }
 
+    /// The document was seen deleted in this revision. The rule, where it was the last parked one of it.
+    pub fn forget_idle_until(&mut self, key: &Key, deleted_rev: &str) -> Option<Arc<str>> {
+        let rule = self.entries.get(key).filter(|entry| !entry.in_flight)?.rule.clone();
+        self.forget_until(key, deleted_rev).then_some(rule)
+    }
+
     pub fn keys(&self) -> impl Iterator<Item = Key> {
         self.entries.keys().copied()
     }
@@ -178,6 +198,14 @@ impl Index {
     /// Nothing is parked, and nothing was of late: the common case, in which no key needs to be made.
     pub fn is_quiet(&self) -> bool {
         self.entries.is_empty() && self.accepted.is_empty()
+    }
+
+    /// As `forget`, where the document was seen deleted in this revision, and nothing later is known of it.
+    pub fn forget_until(&mut self, key: &Key, deleted_rev: &str) -> bool {
+        match self.entries.get(key) {
+            Some(entry) if generation(&entry.doc_rev) <= generation(deleted_rev) => self.forget(key),
+            _ => false,
+        }
     }
 
     /// As `forget`, where nobody has written the document since.
@@ -203,7 +231,7 @@ impl Index {
             }
             State::Dead | State::Dropped => drop(self.ended.remove(&(entry.at, *key))),
         }
-        if let Some(dbs) = self.pairs.get_mut(&entry.rule) {
+        if let Some(dbs) = self.pairs.get_mut(&entry.rule).filter(|_| entry.state == State::Parked) {
             if let Some(count) = dbs.get_mut(&entry.db) {
                 *count -= 1;
                 if *count == 0 {
@@ -228,7 +256,10 @@ impl Index {
         while taken.len() < max {
             let Some((at, key)) = self.due.first().copied().filter(|(at, _)| *at <= now) else { break };
             self.due.remove(&(at, key));
-            let Some(entry) = self.entries.get_mut(&key) else { continue };
+            let known = self.entries.get_mut(&key);
+            let Some(entry) = known.filter(|entry| entry.state == State::Parked && !entry.in_flight && entry.at == at) else {
+                continue;
+            };
             match postpone(entry) {
                 Some(later) => {
                     // Never to a time that is due already: this loop would not end.
@@ -248,9 +279,21 @@ impl Index {
     pub fn landed(&mut self, key: &Key, again: Option<SystemTime>) {
         let Some(entry) = self.entries.get_mut(key) else { return };
         entry.in_flight = false;
+        if entry.state != State::Parked {
+            return;
+        }
+        self.due.remove(&(entry.at, *key));
         entry.at = again.unwrap_or(entry.at);
-        if entry.state == State::Parked {
-            self.due.insert((entry.at, *key));
+        self.due.insert((entry.at, *key));
+    }
+
+    /// Whoever made tries is gone, and with them what they had in flight.
+    pub fn land_all(&mut self) {
+        let parked = self.entries.iter_mut().filter(|(_, entry)| entry.state == State::Parked);
+        for (key, entry) in parked {
+            if std::mem::take(&mut entry.in_flight) {
+                self.due.insert((entry.at, *key));
+            }
         }
     }
 
@@ -258,14 +301,15 @@ impl Index {
         self.due.first().map(|(at, _)| *at)
     }
 
-    /// The rule was edited: what waits for it is due now.
-    pub fn hurry(&mut self, rule: &str, now: SystemTime) {
-        let waiting: Vec<Key> = self.due.iter().map(|(_, key)| *key).collect();
-        for key in waiting {
-            let Some(entry) = self.entries.get_mut(&key).filter(|entry| entry.rule.as_ref() == rule && entry.at > now) else {
-                continue;
-            };
-            self.due.remove(&(entry.at, key));
+    /// The rules were edited: what waits for them is due now.
+    pub fn hurry(&mut self, rules: &HashSet<&str>, now: SystemTime) {
+        if !rules.iter().any(|rule| self.parked_of_rule.contains_key(*rule)) {
+            return;
+        }
+        let waiting: Vec<(SystemTime, Key)> = self.due.iter().filter(|(at, _)| *at > now).copied().collect();
+        for (at, key) in waiting {
+            let Some(entry) = self.entries.get_mut(&key).filter(|entry| rules.contains(entry.rule.as_ref())) else { continue };
+            self.due.remove(&(at, key));
             entry.at = now;
             self.due.insert((now, key));
         }
@@ -274,29 +318,31 @@ impl Index {
     /// What ended before `before`, at most `max`.
     pub fn ended_before(&self, before: SystemTime, max: usize) -> Vec<(Key, Entry)> {
         let old = self.ended.iter().take_while(|(at, _)| *at < before).take(max);
-        old.filter_map(|(_, key)| Some((*key, self.entries.get(key)?.clone()))).collect()
+        let known = old.filter_map(|(_, key)| Some((*key, self.entries.get(key)?)));
+        known.filter(|(_, entry)| entry.state != State::Parked).map(|(key, entry)| (key, entry.clone())).collect()
     }
 
     /// What is parked and not in flight of whom `unwanted` says so, at most `max`.
     pub fn unwanted(&self, max: usize, mut unwanted: impl FnMut(&Entry) -> bool) -> Vec<(Key, Entry)> {
-        let gone = self.pairs.keys().filter(|rule| self.parked_of_rule.contains_key(*rule)).count();
-        if gone == 0 {
-            return Vec::new();
-        }
         let parked = self.due.iter().filter_map(|(_, key)| Some((*key, self.entries.get(key)?)));
         parked.filter(|(_, entry)| unwanted(entry)).take(max).map(|(key, entry)| (key, entry.clone())).collect()
     }
 
-    /// A parked delivery was accepted, of a document that was read at `read`.
-    pub fn accepted(&mut self, key: Key, read: Instant) {
-        self.accepted.insert(key, read);
+    /// A parked delivery was accepted, of a document that was read at `read` and had this revision then.
+    pub fn accepted(&mut self, key: Key, rev: &str, read: Instant) {
+        self.accepted.insert(key, (read, generation(rev)));
         self.accepted_order.push_back((read, key));
+        self.forget_accepted(read);
+    }
+
+    /// What was accepted so long ago that no page from before is left.
+    pub fn forget_accepted(&mut self, now: Instant) {
         while let Some((at, oldest)) = self.accepted_order.front().copied() {
-            if self.accepted_order.len() <= ACCEPTED_MAX && read.saturating_duration_since(at) < ACCEPTED_FOR {
+            if self.accepted_order.len() <= ACCEPTED_MAX && now.saturating_duration_since(at) < ACCEPTED_FOR {
                 break;
             }
             self.accepted_order.pop_front();
-            if self.accepted.get(&oldest) == Some(&at) {
+            if self.accepted.get(&oldest).is_some_and(|(read, _)| *read == at) {
                 self.accepted.remove(&oldest);
             }
         }
@@ -438,9 +484,9 @@ mod tests {
         let mut index = Index::default();
         let key = Key::of("r", "db", "a");
         index.put(&parked("r", "db", "a", 1));
-        assert_eq!(index.standing(&key, Instant::now()), Standing::Parked);
+        assert_eq!(index.standing(&key, "9-x", Instant::now()), Standing::Parked);
         index.put(&ended(parked("r", "db", "a", 1), State::Dead, 100));
-        assert_eq!(index.standing(&key, Instant::now()), Standing::Free);
+        assert_eq!(index.standing(&key, "1-x", Instant::now()), Standing::Free);
         assert_eq!(index.next_due(), None);
         assert!(index.ended_before(at(100), 9).is_empty());
         assert_eq!(index.ended_before(at(101), 9).len(), 1);
@@ -451,13 +497,16 @@ mod tests {
         let mut index = Index::default();
         let key = Key::of("r", "db", "a");
         let (before, read) = (Instant::now(), Instant::now() + Duration::from_secs(1));
-        index.accepted(key, read);
-        assert_eq!(index.standing(&key, before), Standing::Superseded);
-        assert_eq!(index.standing(&key, read + Duration::from_nanos(1)), Standing::Free, "it may be newer");
+        index.accepted(key, "3-c", read);
+        assert_eq!(index.standing(&key, "3-c", before), Standing::Superseded);
+        assert_eq!(index.standing(&key, "4-d", before), Standing::Free, "the try read an older state");
+        assert_eq!(index.standing(&key, "3-c", read + Duration::from_nanos(1)), Standing::Free, "it may be newer");
         for n in 0..ACCEPTED_MAX {
-            index.accepted(Key::of("r", "db", &n.to_string()), read);
+            index.accepted(Key::of("r", "db", &n.to_string()), "1-a", read);
         }
-        assert_eq!(index.standing(&key, before), Standing::Free, "bounded");
+        assert_eq!(index.standing(&key, "3-c", before), Standing::Free, "bounded");
+        index.forget_accepted(read + ACCEPTED_FOR);
+        assert!(index.is_quiet());
     }
 
     #[test]
@@ -474,13 +523,13 @@ mod tests {
         let mut index = Index::default();
         index.put(&parked("r", "db", "a", 100));
         index.put(&parked("s", "db", "b", 100));
-        index.hurry("r", at(50));
+        index.hurry(&HashSet::from(["r"]), at(50));
         assert_eq!(taken(&mut index, 50, 9), ["a"]);
     }
 
     proptest! {
         #[test]
-        fn the_books_agree_in_any_history(steps in prop::collection::vec((0usize..6, 0usize..2, 0usize..2, 0usize..3, 0u64..9), 0..60)) {
+        fn the_books_agree_in_any_history(steps in prop::collection::vec((0usize..8, 0usize..2, 0usize..2, 0usize..3, 0u64..9), 0..60)) {
             let mut index = Index::default();
             for (what, rule, db, doc_id, seconds) in steps {
                 let (rule, db, doc_id) = (["r", "s"][rule], ["d", "e"][db], ["1", "2", "3"][doc_id]);
@@ -490,7 +539,15 @@ mod tests {
                     2 => drop(index.put(&ended(parked(rule, db, doc_id, seconds), State::Dropped, seconds))),
                     3 => drop(index.forget(&key)),
                     4 => drop(index.take_due(at(seconds), 2, |_| None)),
-                    _ => index.landed(&key, None),
+                    5 => index.landed(&key, None),
+                    6 => index.landed(&key, Some(at(seconds + 1))),
+                    _ => index.land_all(),
+                }
+                for (_, entry) in index.ended_before(at(99), 99) {
+                    prop_assert!(entry.state != State::Parked);
+                }
+                for (when, key) in &index.due {
+                    prop_assert_eq!(index.entries[key].at, *when);
                 }
                 let parked = index.entries.values().filter(|entry| entry.state == State::Parked);
                 let waiting = parked.clone().filter(|entry| !entry.in_flight).count();
@@ -498,7 +555,7 @@ mod tests {
                 prop_assert_eq!(index.count(State::Parked), parked.count());
                 prop_assert_eq!(index.ended.len(), index.count(State::Dropped));
                 let in_pairs: usize = index.pairs.values().flat_map(|dbs| dbs.values()).sum();
-                prop_assert_eq!(in_pairs, index.entries.len());
+                prop_assert_eq!(in_pairs, index.count(State::Parked));
                 prop_assert_eq!(index.parked_of_rule.values().sum::<usize>(), index.count(State::Parked));
             }
         }

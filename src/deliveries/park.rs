@@ -1,6 +1,6 @@
 //! On behalf of a page of changes: what failed is written down, and what is parked already takes in what is newer.
 
-use super::parked::{Disabled, Key, Parked, State, generation};
+use super::parked::{Disabled, Key, Parked, State};
 use super::patience::{History, Next};
 use super::{Deliveries, told};
 use crate::couch::{Seq, WriteResult};
@@ -25,6 +25,17 @@ pub struct Owed {
 
 /// Many in a row mean that somebody writes the document in a loop.
 const ROUNDS_MAX: usize = 20;
+/// A newer change waits no longer than what has failed so often.
+const HURRIED_MAX: u32 = 3;
+
+/// A place in the index for what is being written; given back whatever becomes of that.
+struct Place<'a>(&'a Deliveries, &'a Owed);
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        self.0.book.index().unreserve(&self.1.rule.id, &self.1.db);
+    }
+}
 
 impl Deliveries {
     /// For each, whether it is durable now; one that is not stays with whoever asked.
@@ -37,9 +48,8 @@ impl Deliveries {
         if !self.book.index().reserve(&key, &owed.rule.id, &owed.db, self.settings.bounds) {
             return false;
         }
-        let written = self.write(key, owed).await;
-        self.book.index().unreserve(&owed.rule.id, &owed.db);
-        written
+        let _place = Place(self, owed);
+        self.write(key, owed).await
     }
 
     async fn write(&self, key: Key, owed: &Owed) -> bool {
@@ -113,9 +123,9 @@ impl Deliveries {
 fn merged(was: Option<Parked>, owed: &Owed, now: SystemTime, next: impl Fn(Verdict, History) -> Next) -> Option<Parked> {
     let mut parked = match was {
         Some(was) if was.state == State::Parked => {
-            let is_newer = generation(&owed.rev) >= generation(&was.rev) || *was.instance_start_time != *owed.instance_start_time;
+            // Whatever else the feed tells of is the state now: where a conflict was resolved its generation may be lower.
             let is_known = was.rev == owed.rev && *was.instance_start_time == *owed.instance_start_time;
-            if owed.failed.is_none() && (is_known || !is_newer) {
+            if owed.failed.is_none() && is_known {
                 return None;
             }
             was
@@ -152,10 +162,11 @@ fn merged(was: Option<Parked>, owed: &Owed, now: SystemTime, next: impl Fn(Verdi
     parked.instance_start_time = owed.instance_start_time.to_string();
     match &owed.failed {
         Some(failed) => failed_again(&mut parked, failed, now, next),
-        None if parked.claimed_by.is_none() => {
+        // A receiver that asked for a pause gets it.
+        None if parked.claimed_by.is_none() && !matches!(parked.last_status, Some(429 | 503)) => {
             // What the receiver did not like may be mended by what is newer, but a document that changes all the time must
             // not be tried all the time.
-            let history = History { retries: 0, first_failed_at: now };
+            let history = History { retries: parked.retries.min(HURRIED_MAX), first_failed_at: now };
             if let Next::At(soon) = next(Verdict::Later, history) {
                 parked.next_attempt_at = Some(parked.next_attempt_at.unwrap_or(now).min(soon));
             }
@@ -236,10 +247,10 @@ mod tests {
     }
 
     #[test]
-    fn a_newer_change_joins_and_an_older_one_changes_nothing() {
+    fn a_newer_change_joins_and_a_repeat_changes_nothing() {
         let parked = park(None, &owed("2-b", Some(PLAIN))).expect("it is written");
         assert_eq!(park(Some(parked.clone()), &owed("2-b", None)), None, "a repeat");
-        assert_eq!(park(Some(parked.clone()), &owed("1-a", None)), None, "late news");
+        assert_eq!(park(Some(parked.clone()), &owed("1-a", None)).expect("a conflict was resolved").rev, "1-a");
         let newer = park(Some(parked.clone()), &owed("3-c", None)).expect("it is written");
         assert_eq!((newer.rev.as_str(), newer.attempts, newer.next_attempt_at), ("3-c", 3, Some(at(110))));
         let mut remade = owed("1-z", None);

@@ -61,7 +61,9 @@ impl Patience {
         if let Some(limit) = self.limit.filter(|limit| history.retries >= *limit) {
             return dead(format!("given up after {limit} retries"));
         }
-        let age = now.duration_since(history.first_failed_at).unwrap_or_default();
+        // A document that does not say when is as young as can be.
+        let is_told = history.first_failed_at > SystemTime::UNIX_EPOCH;
+        let age = now.duration_since(history.first_failed_at).ok().filter(|_| is_told).unwrap_or_default();
         if let Some(give_up_after) = self.give_up_after.filter(|give_up_after| age >= *give_up_after) {
             return dead(format!("given up after {}", humantime::format_duration(give_up_after)));
         }
@@ -95,8 +97,9 @@ mod tests {
     use super::*;
     use crate::rules::handling::Strategy;
     use proptest::prelude::{prop_assert, proptest};
+    use std::sync::LazyLock;
 
-    const START: SystemTime = SystemTime::UNIX_EPOCH;
+    static START: LazyLock<SystemTime> = LazyLock::new(|| SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000));
 
     fn patience() -> Patience {
         Patience {
@@ -110,12 +113,12 @@ mod tests {
     }
 
     fn next(patience: &Patience, verdict: Verdict, retries: u32, now: u64, random: f64) -> Next {
-        let history = History { retries, first_failed_at: START };
-        patience.next(verdict, history, START + Duration::from_secs(now), random)
+        let history = History { retries, first_failed_at: *START };
+        patience.next(verdict, history, *START + Duration::from_secs(now), random)
     }
 
     fn at(seconds: u64) -> Next {
-        Next::At(START + Duration::from_secs(seconds))
+        Next::At(*START + Duration::from_secs(seconds))
     }
 
     const PLAIN: Verdict = Verdict::Retry { after: None };
@@ -172,7 +175,7 @@ mod tests {
             let verdict = Verdict::Retry { after: after.map(Duration::from_secs) };
             let Next::At(at) = next(&patience, verdict, retries, 1_000, random) else { panic!("never dead") };
             let shortest = if delay == 0 { 1_000_010 } else { 1_001_000 };
-            prop_assert!(at >= START + Duration::from_millis(shortest));
+            prop_assert!(at >= *START + Duration::from_millis(shortest));
         }
     }
 }

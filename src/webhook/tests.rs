@@ -1,5 +1,6 @@
 use super::*;
 use crate::rules::handling::Statuses;
+use crate::vault::Credentials;
 use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::extract::State;

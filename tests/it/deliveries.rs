@@ -189,7 +189,9 @@ async fn a_deleted_rule_drops_what_it_owes(lab: Arc<Lab>) {
     let db = lab.create("source").await;
     lab.receiver.answer("/hook", Answer::status(500));
     lab.rule("rule", &db, "/hook", json!({})).await;
-    let spiegel = lab.spiegel_with(&QUICK).await;
+    let mut settings = QUICK.to_vec();
+    settings.push(("DB_ASSUME_DELETED_AFTER", "1s"));
+    let spiegel = lab.spiegel_with(&settings).await;
     write(&lab, &db, &["a"]).await;
     lab.one_delivery("it is parked", |doc| doc["state"] == "parked").await;
     lab.couch.remove(&lab.spiegel_db(), "rule").await;
