@@ -440,7 +440,11 @@ impl State {
         if self.is_busy() {
             self.idle_since = None;
         }
-        let passivate_after = self.arguments.shared.settings.passivate_after;
+        let passivate_after = match &self.listener {
+            Some(_) => self.arguments.shared.settings.passivate_after,
+            // It only passes hints on, and is made anew for less than it costs to keep.
+            None => self.arguments.shared.settings.passivate_after.min(PASSIVATE_WITHOUT_LISTENER_AFTER),
+        };
         let debounced = match self.run.is_none().then(|| self.debounce.next(now)) {
             Some(Next::WaitUntil(at)) if self.retry_at.is_none() => Some(at),
             _ => None,
@@ -483,6 +487,9 @@ impl State {
         }
     }
 }
+
+/// An actor is some 13 KB, most of it its four mailboxes.
+const PASSIVATE_WITHOUT_LISTENER_AFTER: Duration = Duration::from_secs(1);
 
 struct AbortOnDrop(AbortHandle);
 
