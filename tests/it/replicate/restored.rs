@@ -36,6 +36,9 @@ async fn nothing_missing(pair: &Pair, when: &str) {
     assert_nothing_missing(source, target, when).await;
 }
 
+const CHECKPOINTS_SOON: [(&str, &str); 2] =
+    [("REPLICATION_CHECKPOINT_AFTER", "200ms"), ("REPLICATION_SOURCE_CHECKPOINT_AFTER", "200ms")];
+
 /// Until both sides' checkpoints cover everything: a copy that is put back sooner has the checkpoint that counts now.
 async fn checkpointed(pair: &Pair) {
     let couch = &pair.lab.couch;
@@ -67,7 +70,7 @@ async fn started(lab: &Arc<Lab>) -> (Pair, crate::support::Spiegel) {
     let mut pair = Pair::new(lab.clone()).await;
     pair.source.grow(Pair::size() / 4, 0).await;
     pair.replicator(json!({})).await;
-    let spiegel = lab.spiegel_with(&[("REPLICATION_CHECKPOINT_AFTER", "200ms")]).await;
+    let spiegel = lab.spiegel_with(&CHECKPOINTS_SOON).await;
     pair.caught_up("at first").await;
     checkpointed(&pair).await;
     (pair, spiegel)
