@@ -210,8 +210,8 @@ impl Actor for DbActor {
             Message::Spilled { durable } => {
                 state.spills -= 1;
                 state.listener_is_stale = true;
-                // The document says dirty now; the run that clears it must have started after that.
-                if durable && state.retry_at.is_none() {
+                // The document says dirty now; the run that clears it must have started after that. Replicators see to theirs.
+                if durable && state.retry_at.is_none() && state.listens() {
                     let next = state.debounce.hint(now);
                     state.follow(&myself, next);
                 }
@@ -426,6 +426,10 @@ impl State {
 
     fn held_until(&self) -> Option<SystemTime> {
         self.listener.as_ref().and_then(|listener| listener.positions().due())
+    }
+
+    fn listens(&self) -> bool {
+        !self.arguments.shared.snapshot.borrow().rules_of(&self.arguments.db).is_empty()
     }
 
     fn is_busy(&self) -> bool {
