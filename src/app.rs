@@ -519,6 +519,7 @@ impl App {
             &NativeSettings {
                 requests_per_host_max: settings.replication.requests_per_host,
                 checkpoint_after: settings.replication.checkpoint_after,
+                source_checkpoint_after: settings.replication.source_checkpoint_after,
             },
         )?;
         let world = Arc::new(World {

@@ -131,6 +131,8 @@ pub struct ReplicationSettings {
     pub requests_per_host: usize,
     /// How long the native engine's checkpoints may stay behind the documents.
     pub checkpoint_after: Duration,
+    /// The source's, while the target has one.
+    pub source_checkpoint_after: Duration,
 }
 
 /// Who makes the runs of a replicator.

@@ -210,8 +210,8 @@ impl Actor for DbActor {
             Message::Spilled { durable } => {
                 state.spills -= 1;
                 state.listener_is_stale = true;
-                // The document says dirty now; the run that clears it must have started after that.
-                if durable && state.retry_at.is_none() {
+                // The document says dirty now; the run that clears it must have started after that. Replicators see to theirs.
+                if durable && state.retry_at.is_none() && state.listens() {
                     let next = state.debounce.hint(now);
                     state.follow(&myself, next);
                 }
@@ -428,6 +428,10 @@ impl State {
         self.listener.as_ref().and_then(|listener| listener.positions().due())
     }
 
+    fn listens(&self) -> bool {
+        !self.arguments.shared.snapshot.borrow().rules_of(&self.arguments.db).is_empty()
+    }
+
     fn is_busy(&self) -> bool {
         self.run.is_some() || !self.debounce.is_idle() || !self.claims.is_empty() || self.spills > 0 || self.retry_at.is_some()
     }
@@ -440,7 +444,11 @@ impl State {
         if self.is_busy() {
             self.idle_since = None;
         }
-        let passivate_after = self.arguments.shared.settings.passivate_after;
+        let passivate_after = match &self.listener {
+            Some(_) => self.arguments.shared.settings.passivate_after,
+            // It only passes hints on, and is made anew for less than it costs to keep.
+            None => self.arguments.shared.settings.passivate_after.min(PASSIVATE_WITHOUT_LISTENER_AFTER),
+        };
         let debounced = match self.run.is_none().then(|| self.debounce.next(now)) {
             Some(Next::WaitUntil(at)) if self.retry_at.is_none() => Some(at),
             _ => None,
@@ -483,6 +491,9 @@ impl State {
         }
     }
 }
+
+/// An actor is some 13 KB, most of it its four mailboxes.
+const PASSIVATE_WITHOUT_LISTENER_AFTER: Duration = Duration::from_secs(1);
 
 struct AbortOnDrop(AbortHandle);
 

@@ -394,6 +394,7 @@ mod tests {
             concurrency_per_target: concurrency,
             requests_per_host: 64,
             checkpoint_after: timeout,
+            source_checkpoint_after: timeout,
         };
         let arguments = DispatcherArguments { perform, settings: (&settings).into() };
         (Actor::spawn(None, ReplicatorPool::new(), arguments).await.expect("the pool starts").0, metrics)

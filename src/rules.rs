@@ -187,7 +187,7 @@ impl Reader {
         self.catalogue.take(&row)
     }
 
-    fn publish(&self) {
+    fn publish(&mut self) {
         let snapshot = self.catalogue.snapshot();
         let Arguments { metrics, publish, .. } = &self.arguments;
         metrics.rules.set(i64::try_from(snapshot.rules().len()).unwrap_or(i64::MAX));

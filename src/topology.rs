@@ -165,20 +165,21 @@ impl Actor for Topology {
             Message::Documents if snapshot.is_loaded() => state.states.documents(snapshot.replicators()),
             Message::Documents => Vec::new(),
             Message::SourceChanged { db, done } => {
-                let ids = snapshot.replicators_from(&db);
-                let mut actions = state.meet(&snapshot, ids);
-                let pieces = Completion::keeping(done, ids.len());
-                actions.extend(ids.iter().zip(pieces).flat_map(|(id, piece)| state.states.dirty(now, id, Some(piece))));
+                let replicators = snapshot.replicators_from(&db);
+                let mut actions = state.meet(replicators);
+                let pieces = Completion::keeping(done, replicators.len());
+                let each = replicators.iter().zip(pieces);
+                actions.extend(each.flat_map(|(replicator, piece)| state.states.dirty(now, &replicator.id, Some(piece))));
                 actions
             }
             Message::TargetMade { db } => {
-                let ids = snapshot.replicators_to(&db);
-                let mut actions = state.meet(&snapshot, ids);
-                actions.extend(ids.iter().flat_map(|id| state.states.dirty(now, id, None)));
+                let replicators = snapshot.replicators_to(&db);
+                let mut actions = state.meet(replicators);
+                actions.extend(replicators.iter().flat_map(|replicator| state.states.dirty(now, &replicator.id, None)));
                 actions
             }
             Message::RunAgain { id } => {
-                let mut actions = state.meet(&snapshot, std::slice::from_ref(&id));
+                let mut actions = state.meet(snapshot.replicators().get(&id).map_or(&[], std::slice::from_ref));
                 actions.extend(state.states.dirty(now, &id, None));
                 actions
             }
@@ -188,13 +189,13 @@ impl Actor for Topology {
                 remote.flat_map(|replicator| state.states.dirty(now, &replicator.id, None)).collect()
             }
             Message::Spill { db, done } => {
-                let ids = snapshot.replicators_from(&db);
-                let mut actions = state.meet(&snapshot, ids);
-                let pieces = Completion::keeping(done, ids.len());
-                for (id, piece) in ids.iter().zip(pieces) {
+                let replicators = snapshot.replicators_from(&db);
+                let mut actions = state.meet(replicators);
+                let pieces = Completion::keeping(done, replicators.len());
+                for (replicator, piece) in replicators.iter().zip(pieces) {
                     // The database owes work that we may not have been told of yet.
-                    actions.extend(state.states.dirty(now, id, None));
-                    actions.extend(state.states.spill(id, Some(piece)));
+                    actions.extend(state.states.dirty(now, &replicator.id, None));
+                    actions.extend(state.states.spill(&replicator.id, Some(piece)));
                 }
                 actions
             }
@@ -249,10 +250,10 @@ impl Actor for Topology {
 
 impl State {
     /// A database's word may overtake the documents' own.
-    fn meet(&mut self, snapshot: &Snapshot, ids: &[Id]) -> Vec<Action> {
-        let unknown = ids.iter().filter(|id| self.states.replicator(id).is_none());
-        let unknown: Vec<_> = unknown.filter_map(|id| Some((id.clone(), snapshot.replicators().get(id)?.clone()))).collect();
-        unknown.iter().flat_map(|(id, replicator)| self.states.document(id, replicator)).collect()
+    fn meet(&mut self, replicators: &[Arc<Replicator>]) -> Vec<Action> {
+        let unknown = replicators.iter().filter(|replicator| self.states.replicator(&replicator.id).is_none());
+        let unknown: Vec<_> = unknown.collect();
+        unknown.into_iter().flat_map(|replicator| self.states.document(&replicator.id, replicator)).collect()
     }
 
     fn perform(&mut self, myself: &ActorRef<Message>, action: Action) {
@@ -332,8 +333,7 @@ impl State {
     /// Where names are the same on other servers, too much is called bidirectional, which costs a request.
     fn goes_both_ways(&self, replicator: &Replicator) -> bool {
         let snapshot = self.arguments.snapshot.borrow();
-        let back = snapshot.replicators_from(replicator.target.db_name()).iter();
-        let mut back = back.filter_map(|id| snapshot.replicators().get(id));
+        let mut back = snapshot.replicators_from(replicator.target.db_name()).iter();
         back.any(|other| other.target.db_name() == replicator.source.db_name())
     }
 
@@ -341,13 +341,13 @@ impl State {
     fn save_next(&mut self, myself: &ActorRef<Message>, id: Id) {
         let Some((change, _)) = self.saves.get(&id).and_then(VecDeque::front) else { return };
         let change = change.clone();
-        let known_rev = self.states.known_rev(&id).unwrap_or_default().to_string();
+        let known_rev = self.states.known_rev(&id).cloned().unwrap_or_default();
         let (checkpoints, myself) = (self.arguments.checkpoints.clone(), myself.clone());
         let (saved_id, saved_change) = (id.clone(), change.clone());
         let saving = tokio::spawn(async move {
             let mut foreign = false;
             let update = |doc: &mut Value| {
-                foreign = doc["_rev"].as_str() != Some(known_rev.as_str());
+                foreign = doc["_rev"].as_str() != Some(&*known_rev);
                 if foreign && change == Change::Clean {
                     return false;
                 }

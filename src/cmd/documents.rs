@@ -6,7 +6,7 @@ use crate::rules::handling::Handling;
 use crate::rules::invalid::{Invalid as Fault, summary};
 use crate::rules::pattern::Pattern;
 use crate::rules::rule::Rule;
-use crate::topology::replicator::Replicator;
+use crate::topology::replicator::{Endpoint, Replicator};
 use reqwest::Method;
 use serde::Deserialize;
 use serde_json::Value;
@@ -101,7 +101,7 @@ fn rule_facts(doc: &Value) -> Result<RuleFacts, Vec<Fault>> {
 fn replicator_facts(doc: &Value) -> Result<ReplicatorFacts, Vec<Fault>> {
     let replicator = Replicator::parse(doc)?;
     let source_db = replicator.source.db_name().to_string();
-    let urls = [&replicator.source, &replicator.target].into_iter().filter_map(|endpoint| endpoint.url().cloned()).collect();
+    let urls = [&replicator.source, &replicator.target].into_iter().filter_map(Endpoint::url).collect();
     Ok(ReplicatorFacts { id: replicator.id.to_string(), source_db, urls, odd: summary(&replicator.warnings) })
 }
 

@@ -98,6 +98,7 @@ impl Reader {
                 timeout: self.duration("replication.timeout", MOMENT..=YEAR),
                 requests_per_host: self.size("replication.requests_per_host", 2..=CONCURRENCY_MAX),
                 checkpoint_after: self.duration("replication.checkpoint_after", MOMENT..=YEAR),
+                source_checkpoint_after: self.duration("replication.source_checkpoint_after", MOMENT..=YEAR),
             },
             backoff_base: self.duration("backoff.base", MOMENT..=YEAR),
             backoff_cap: self.duration("backoff.cap", MOMENT..=YEAR),

@@ -70,6 +70,7 @@ fn another_value(key: &str) -> &'static str {
         "replication.engine" => "couchdb",
         "replication.requests_per_host" => "65",
         "replication.checkpoint_after" => "6s",
+        "replication.source_checkpoint_after" => "6m",
         "backoff.base" => "10s",
         "backoff.cap" => "10m",
         "limits.pending_databases" => "99",

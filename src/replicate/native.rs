@@ -69,6 +69,8 @@ pub struct NativeSettings {
     pub requests_per_host_max: usize,
     /// How long a checkpoint may stay behind its documents.
     pub checkpoint_after: Duration,
+    /// The source's, beyond the target's.
+    pub source_checkpoint_after: Duration,
 }
 
 impl NativeEngine {
@@ -100,6 +102,7 @@ impl NativeEngine {
             slots: Slots::new(SLOTS_MAX),
             shared: shared.clone(),
             after: settings.checkpoint_after,
+            source_after: settings.source_checkpoint_after,
             again: Again::default(),
             remembered: Remembered::default(),
         });

@@ -17,12 +17,49 @@ pub struct Snapshot {
     loaded: bool,
     rules: Vec<Arc<Rule>>,
     patterns: PatternSet,
-    replicators: HashMap<Arc<str>, Arc<Replicator>>,
-    by_source: HashMap<String, Vec<Arc<str>>>,
-    by_target: HashMap<String, Vec<Arc<str>>>,
+    replicators: Replicators,
     invalid_replicators: Arc<BTreeMap<Arc<str>, Arc<str>>>,
     invalid_rules: Arc<BTreeSet<Arc<str>>>,
     own: HashSet<String>,
+}
+
+/// Cheap to clone: a snapshot shares it until one of them changes.
+#[derive(Debug, Default, Clone)]
+struct Replicators {
+    by_id: Arc<HashMap<Arc<str>, Arc<Replicator>>>,
+    /// In the order of a side's name, and of the id. There may be a hundred thousand, of as many databases: a list of pointers is
+    /// a tenth of a map from names.
+    by_source: Arc<[Arc<Replicator>]>,
+    by_target: Arc<[Arc<Replicator>]>,
+}
+
+type Side = fn(&Replicator) -> &str;
+
+const SOURCE: Side = |replicator| replicator.source.db_name();
+const TARGET: Side = |replicator| replicator.target.db_name();
+
+impl Replicators {
+    /// Takes in what was inserted, and out what is not the same any more. Lists that are sorted but for their end are sorted
+    /// again in no more than one look at each.
+    fn sort_in(&mut self, fresh: &[Arc<Replicator>]) {
+        let by_id = &self.by_id;
+        let is_there =
+            |replicator: &Arc<Replicator>| by_id.get(&replicator.id).is_some_and(|there| Arc::ptr_eq(there, replicator));
+        for (list, side) in [(&mut self.by_source, SOURCE), (&mut self.by_target, TARGET)] {
+            let mut sorted: Vec<Arc<Replicator>> = Vec::with_capacity(by_id.len());
+            sorted.extend(list.iter().filter(|replicator| is_there(replicator)).cloned());
+            sorted.extend(fresh.iter().filter(|replicator| is_there(replicator)).cloned());
+            sorted.sort_by(|one, other| (side(one), &one.id).cmp(&(side(other), &other.id)));
+            *list = sorted.into();
+        }
+    }
+}
+
+fn with_name<'a>(list: &'a [Arc<Replicator>], side: Side, name: &str) -> &'a [Arc<Replicator>] {
+    let start = list.partition_point(|replicator| side(replicator) < name);
+    let found = list.get(start..).unwrap_or_default();
+    let end = found.partition_point(|replicator| side(replicator) == name);
+    found.get(..end).unwrap_or_default()
 }
 
 impl Snapshot {
@@ -47,8 +84,8 @@ impl Snapshot {
 
     /// Equal for equal rules and replicators, of one build of the program.
     pub fn rules_hash(&self) -> String {
-        let mut sources: Vec<(&String, &Vec<Arc<str>>)> = self.by_source.iter().collect();
-        sources.sort();
+        let replicators = &self.replicators.by_source;
+        let sources: Vec<(&str, &str)> = replicators.iter().map(|replicator| (SOURCE(replicator), &*replicator.id)).collect();
         let rules: Vec<(&str, &str)> = self.rules.iter().map(|rule| (rule.id.as_ref(), rule.rev.as_str())).collect();
         let mut hasher = DefaultHasher::new();
         (rules, sources).hash(&mut hasher);
@@ -56,7 +93,7 @@ impl Snapshot {
     }
 
     pub fn replicators(&self) -> &HashMap<Arc<str>, Arc<Replicator>> {
-        &self.replicators
+        &self.replicators.by_id
     }
 
     /// Documents that nobody can run, each with what is wrong.
@@ -68,12 +105,12 @@ impl Snapshot {
         self.patterns.matches(db).into_iter().map(|index| self.rules[index].clone()).collect()
     }
 
-    pub fn replicators_from(&self, db: &str) -> &[Arc<str>] {
-        self.by_source.get(db).map_or(&[], Vec::as_slice)
+    pub fn replicators_from(&self, db: &str) -> &[Arc<Replicator>] {
+        with_name(&self.replicators.by_source, SOURCE, db)
     }
 
-    pub fn replicators_to(&self, db: &str) -> &[Arc<str>] {
-        self.by_target.get(db).map_or(&[], Vec::as_slice)
+    pub fn replicators_to(&self, db: &str) -> &[Arc<Replicator>] {
+        with_name(&self.replicators.by_target, TARGET, db)
     }
 
     /// One of Spiegel's own databases, of any installation on this server.
@@ -84,7 +121,7 @@ impl Snapshot {
     /// Whether a change of this database means work. Spiegel's own databases never do, whatever a rule says: a rule `.*` must
     /// not feed on what it causes itself.
     pub fn watches(&self, db: &str) -> bool {
-        !self.own.contains(db) && (self.by_source.contains_key(db) || self.patterns.any(db))
+        !self.own.contains(db) && (!self.replicators_from(db).is_empty() || self.patterns.any(db))
     }
 }
 
@@ -92,7 +129,10 @@ impl Snapshot {
 pub struct Catalogue {
     own: HashSet<String>,
     rules: BTreeMap<String, Arc<Rule>>,
-    replicators: HashMap<String, Arc<Replicator>>,
+    replicators: Replicators,
+    /// Inserted, or taken out, since the last snapshot.
+    fresh: Vec<Arc<Replicator>>,
+    has_gone: bool,
     /// By id, the revision that was said to be invalid.
     invalid: HashMap<String, String>,
     invalid_replicators: Arc<BTreeMap<Arc<str>, Arc<str>>>,
@@ -105,7 +145,9 @@ impl Catalogue {
         Self {
             own: installations.into_iter().flat_map(databases_of).collect(),
             rules: BTreeMap::new(),
-            replicators: HashMap::new(),
+            replicators: Replicators::default(),
+            fresh: Vec::new(),
+            has_gone: false,
             invalid: HashMap::new(),
             invalid_replicators: Arc::default(),
             invalid_rules: Arc::default(),
@@ -121,7 +163,7 @@ impl Catalogue {
         let doc = row.doc.as_ref().and_then(|doc| serde_json::from_str::<Value>(doc.get()).ok());
         let kind = doc.as_ref().and_then(|doc| doc.get("type")).and_then(Value::as_str).unwrap_or_default();
         let had_rule = self.rules.remove(&row.id).is_some();
-        let had = self.replicators.remove(&row.id).is_some() | had_rule;
+        let had = self.remove_replicator(&row.id) | had_rule;
         if self.invalid_replicators.contains_key(row.id.as_str()) {
             Arc::make_mut(&mut self.invalid_replicators).remove(row.id.as_str());
         }
@@ -142,9 +184,7 @@ impl Catalogue {
         };
         let parsed = match kind {
             "on_change" => Rule::parse(doc).map(|rule| drop(self.rules.insert(row.id.clone(), Arc::new(rule)))),
-            "replicator" => {
-                Replicator::parse(doc).map(|replicator| drop(self.replicators.insert(row.id.clone(), Arc::new(replicator))))
-            }
+            "replicator" => Replicator::parse(doc).map(|replicator| self.insert(replicator)),
             _ => return self.invalid.remove(&row.id).is_some() | had,
         };
         match parsed {
@@ -167,32 +207,36 @@ impl Catalogue {
         true
     }
 
+    fn insert(&mut self, replicator: Replicator) {
+        let replicator = Arc::new(replicator);
+        self.fresh.push(replicator.clone());
+        Arc::make_mut(&mut self.replicators.by_id).insert(replicator.id.clone(), replicator);
+    }
+
+    fn remove_replicator(&mut self, id: &str) -> bool {
+        let had = self.replicators.by_id.contains_key(id);
+        if had {
+            Arc::make_mut(&mut self.replicators.by_id).remove(id);
+            self.has_gone = true;
+        }
+        had
+    }
+
     pub fn invalid_documents(&self) -> usize {
         self.invalid.len()
     }
 
-    pub fn snapshot(&self) -> Snapshot {
-        let rules: Vec<Arc<Rule>> = self.rules.values().cloned().collect();
-        let mut by_source: HashMap<String, Vec<Arc<str>>> = HashMap::new();
-        let mut by_target: HashMap<String, Vec<Arc<str>>> = HashMap::new();
-        let mut replicators = HashMap::new();
-        for replicator in self.replicators.values() {
-            let id = replicator.id.clone();
-            if let Some(source) = replicator.source_db_name() {
-                by_source.entry(source).or_default().push(id.clone());
-            }
-            if let Some(target) = replicator.target_db_name() {
-                by_target.entry(target).or_default().push(id.clone());
-            }
-            replicators.insert(id, replicator.clone());
+    pub fn snapshot(&mut self) -> Snapshot {
+        let fresh = std::mem::take(&mut self.fresh);
+        if std::mem::take(&mut self.has_gone) || !fresh.is_empty() {
+            self.replicators.sort_in(&fresh);
         }
+        let rules: Vec<Arc<Rule>> = self.rules.values().cloned().collect();
         Snapshot {
             loaded: true,
             patterns: PatternSet::new(rules.iter().map(|rule| &rule.pattern)),
             rules,
-            replicators,
-            by_source,
-            by_target,
+            replicators: self.replicators.clone(),
             invalid_replicators: self.invalid_replicators.clone(),
             invalid_rules: self.invalid_rules.clone(),
             own: self.own.clone(),
@@ -204,4 +248,89 @@ impl Catalogue {
 pub fn changed_rules(before: &Snapshot, after: &Snapshot) -> Vec<Arc<Rule>> {
     let known: BTreeSet<(&str, &str)> = before.rules.iter().map(|rule| (rule.id.as_ref(), rule.rev.as_str())).collect();
     after.rules.iter().filter(|rule| !known.contains(&(rule.id.as_ref(), rule.rev.as_str()))).cloned().collect()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests {
+    use super::*;
+    use crate::couch::Seq;
+    use proptest::prelude::*;
+    use serde_json::{json, value::to_raw_value};
+
+    fn row(id: &str, doc: Option<Value>) -> Row {
+        Row {
+            seq: Seq::zero(),
+            id: id.to_string(),
+            changes: Vec::new(),
+            deleted: doc.is_none(),
+            doc: doc.map(|doc| to_raw_value(&doc).unwrap().into()),
+        }
+    }
+
+    fn ids(replicators: &[Arc<Replicator>]) -> Vec<String> {
+        replicators.iter().map(|replicator| replicator.id.to_string()).collect()
+    }
+
+    proptest! {
+        /// Whatever is written, deleted, edited or made invalid, and however many of it between two snapshots.
+        #[test]
+        fn a_replicator_is_found_by_its_source_and_its_target(
+            steps in prop::collection::vec((0u8..6, 0u8..4, 0u8..4, 0u8..5), 1..60),
+            publishes in prop::collection::vec(any::<bool>(), 60),
+        ) {
+            let mut catalogue = Catalogue::new(["spiegel"]);
+            let mut expected: BTreeMap<String, (String, String, String)> = BTreeMap::new();
+            let mut before = catalogue.snapshot();
+            for (n, ((id, source, target, kind), publish)) in steps.into_iter().zip(publishes).enumerate() {
+                let (id, source, target, rev) = (format!("r{id}"), format!("s{source}"), format!("t{target}"), format!("{n}-x"));
+                let doc = match kind {
+                    0 => None,
+                    1 => Some(json!({ "_id": id, "_rev": rev, "type": "replicator", "source": source })),
+                    2 => Some(json!({ "_id": id, "_rev": rev, "type": "else" })),
+                    _ => Some(json!({ "_id": id, "_rev": rev, "type": "replicator", "source": source, "target": target })),
+                };
+                match kind {
+                    0..=2 => drop(expected.remove(&id)),
+                    _ => drop(expected.insert(id.clone(), (rev, source, target))),
+                }
+                let shown = (ids(before.replicators_from("s0")), before.replicators().len());
+                catalogue.take(&row(&id, doc));
+                prop_assert_eq!((ids(before.replicators_from("s0")), before.replicators().len()), shown, "a snapshot stays");
+                if publish {
+                    before = catalogue.snapshot();
+                }
+            }
+            let snapshot = catalogue.snapshot();
+            prop_assert_eq!(snapshot.replicators().len(), expected.len());
+            for n in 0..4 {
+                let (source, target) = (format!("s{n}"), format!("t{n}"));
+                let of = |side: &dyn Fn(&(String, String, String)) -> bool| -> Vec<String> {
+                    expected.iter().filter(|(_, it)| side(it)).map(|(id, _)| id.clone()).collect()
+                };
+                prop_assert_eq!(ids(snapshot.replicators_from(&source)), of(&|it| it.1 == source));
+                prop_assert_eq!(ids(snapshot.replicators_to(&target)), of(&|it| it.2 == target));
+                prop_assert_eq!(snapshot.watches(&source), expected.values().any(|it| it.1 == source));
+            }
+            for (id, (rev, ..)) in &expected {
+                let replicator = &snapshot.replicators()[id.as_str()];
+                prop_assert_eq!(&*replicator.rev, rev.as_str());
+                let listed = snapshot.replicators_from(replicator.source.db_name());
+                prop_assert!(listed.iter().any(|other| Arc::ptr_eq(other, replicator)), "the newest is listed");
+            }
+        }
+    }
+
+    #[test]
+    fn a_new_revision_of_a_replicator_keeps_the_hash_of_the_rules() {
+        let doc =
+            |rev: &str, target: &str| json!({ "_id": "r", "_rev": rev, "type": "replicator", "source": "a", "target": target });
+        let mut catalogue = Catalogue::new([]);
+        let empty = catalogue.snapshot().rules_hash();
+        catalogue.take(&row("r", Some(doc("1-a", "b"))));
+        let first = catalogue.snapshot().rules_hash();
+        catalogue.take(&row("r", Some(doc("2-b", "b"))));
+        assert_eq!(catalogue.snapshot().rules_hash(), first);
+        assert_ne!(empty, first);
+    }
 }

@@ -32,21 +32,17 @@ const NOT_FOR_COUCHDB: [&str; 13] = [
 /// A century: beyond it an `Instant` may not follow.
 const DIRTY_AFTER_MS_MAX: f64 = 100.0 * 365.0 * 86_400_000.0;
 
-/// A replicator that can run.
+/// A replicator that can run. There may be a hundred thousand, so what most documents do not say takes no room.
 #[derive(Clone)]
 pub struct Replicator {
     pub id: Arc<str>,
-    pub rev: String,
+    pub rev: Arc<str>,
     pub source: Endpoint,
     pub target: Endpoint,
     /// Anything but `false`: a new document has no such field and is dirty.
     pub dirty: bool,
     /// When a clean document becomes due. One that cannot be read is due now.
     pub dirty_at: Option<SystemTime>,
-    /// One that cannot be read is as old as can be: a lock that nobody holds.
-    pub locked_at: Option<SystemTime>,
-    pub locked_by: Option<String>,
-    pub possibly_deleted_at: Option<SystemTime>,
     pub retries: u64,
     /// How long after a change the replication is due; None: at once.
     pub dirty_after: Option<Duration>,
@@ -55,16 +51,24 @@ pub struct Replicator {
     /// Among those that wait for one host, the higher goes first.
     pub priority: i32,
     /// What is odd about the document and does not stop it.
-    pub warnings: Vec<Invalid>,
-    fields: Map<String, Value>,
+    pub warnings: Box<[Invalid]>,
+    /// What `_replicate` gets, without passwords; None: a source and a target that are texts, and nothing else.
+    params: Option<Box<Map<String, Value>>>,
 }
 
 /// One side: a database's name on the watched server, or its URL. Shown without its password.
 #[derive(Clone)]
 pub struct Endpoint {
-    text: String,
-    url: Option<Url>,
-    db_name: String,
+    text: Box<str>,
+    db_name: DbName,
+}
+
+#[derive(Clone)]
+enum DbName {
+    /// In the text, from there to there.
+    Within(u32, u32),
+    /// It is encoded there.
+    Decoded(Box<str>),
 }
 
 impl Replicator {
@@ -80,46 +84,25 @@ impl Replicator {
         let target = Endpoint::parse("target", fields.get("target")).map_err(&mut note).ok();
         let (Some(id), Some(source), Some(target)) = (id, source, target) else { return Err(faults) };
         let mut warnings = Vec::new();
+        let dirty_at = time(fields, "dirty_at", &mut warnings);
+        // Nothing follows from them here, and a person may want to know.
+        for name in ["locked_at", "possibly_deleted_at"] {
+            time(fields, name, &mut warnings);
+        }
         Ok(Self {
             id,
-            rev: text(fields, "_rev").unwrap_or_default(),
+            rev: fields.get("_rev").and_then(Value::as_str).unwrap_or_default().into(),
             source,
             target,
             dirty: fields.get("dirty") != Some(&Value::Bool(false)),
-            dirty_at: time(fields, "dirty_at", &mut warnings),
-            locked_at: time(fields, "locked_at", &mut warnings),
-            locked_by: text(fields, "locked_by"),
-            possibly_deleted_at: time(fields, "possibly_deleted_at", &mut warnings),
+            dirty_at,
             retries: fields.get("retries").and_then(Value::as_u64).unwrap_or_default(),
             dirty_after: dirty_after(fields, &mut warnings),
             engine: engine(fields, &mut warnings),
             priority: priority(fields, &mut warnings),
-            warnings,
-            fields: fields.clone(),
+            warnings: warnings.into(),
+            params: params(fields).map(Box::new),
         })
-    }
-
-    /// The database whose changes make this replication due. Always there in a valid document.
-    pub fn source_db_name(&self) -> Option<String> {
-        Some(self.source.db_name().to_string())
-    }
-
-    pub fn target_db_name(&self) -> Option<String> {
-        Some(self.target.db_name().to_string())
-    }
-
-    /// `host:port`; None for a bare name.
-    pub fn source_host(&self) -> Option<String> {
-        self.source.host_and_port()
-    }
-
-    /// For people: without a password.
-    pub fn source_text(&self) -> String {
-        self.source.to_string()
-    }
-
-    pub fn target_text(&self) -> String {
-        self.target.to_string()
     }
 
     /// Replications to one target's host share its limits; without one, from one source's host.
@@ -136,16 +119,14 @@ impl Replicator {
     /// What `_replicate` gets: the user's fields, whatever they are, with passwords. For the request's body and for nothing
     /// else.
     pub fn replicate_params(&self, vault: &Vault) -> Result<Value, VaultError> {
-        let mut params = Map::new();
-        for (name, value) in &self.fields {
-            if name.starts_with('_') || NOT_FOR_COUCHDB.contains(&name.as_str()) {
-                continue;
+        let mut params = self.params.as_deref().cloned().unwrap_or_else(|| {
+            let sides = [("source", &self.source), ("target", &self.target)];
+            sides.into_iter().map(|(name, side)| (String::from(name), Value::from(&*side.text))).collect()
+        });
+        for name in ["source", "target"] {
+            if let Some(side) = params.get_mut(name) {
+                *side = with_password(side, vault)?;
             }
-            let value = match name.as_str() {
-                "source" | "target" => with_password(value, vault)?,
-                _ => value.clone(),
-            };
-            params.insert(name.clone(), value);
         }
         Ok(Value::Object(params))
     }
@@ -160,7 +141,6 @@ impl fmt::Debug for Replicator {
             .field("target", &self.target)
             .field("dirty", &self.dirty)
             .field("dirty_at", &self.dirty_at)
-            .field("locked_at", &self.locked_at)
             .finish_non_exhaustive()
     }
 }
@@ -184,38 +164,48 @@ impl Endpoint {
             return Err(Invalid::new(field, "is empty"));
         }
         if !text.contains("://") {
-            return Ok(Self { text: text.to_string(), url: None, db_name: text.to_string() });
+            return Ok(Self::new(text, text));
         }
         let url = Url::parse(text).map_err(|error| Invalid::new(field, format!("is not a URL: {error}")))?;
         if !matches!(url.scheme(), "http" | "https") {
             return Err(Invalid::new(field, format!("must be http or https, not {}", url.scheme())));
         }
         match last_segment(&url) {
-            Some(db_name) => Ok(Self { text: text.to_string(), url: Some(url), db_name }),
+            Some(db_name) => Ok(Self::new(text, &db_name)),
             None => Err(Invalid::new(field, "names no database")),
         }
     }
 
+    fn new(text: &str, db_name: &str) -> Self {
+        let place = text.rfind(db_name).and_then(|start| {
+            let (start, end) = (u32::try_from(start).ok()?, u32::try_from(start + db_name.len()).ok()?);
+            Some(DbName::Within(start, end))
+        });
+        Self { text: text.into(), db_name: place.unwrap_or_else(|| DbName::Decoded(db_name.into())) }
+    }
+
     /// As CouchDB spells it, not encoded: `a/b+c`.
     pub fn db_name(&self) -> &str {
-        &self.db_name
+        match &self.db_name {
+            DbName::Within(start, end) => self.text.get(*start as usize..*end as usize).unwrap_or_default(),
+            DbName::Decoded(name) => name,
+        }
     }
 
     /// None for a bare name.
-    pub fn url(&self) -> Option<&Url> {
-        self.url.as_ref()
+    pub fn url(&self) -> Option<Url> {
+        self.text.contains("://").then(|| Url::parse(&self.text).ok())?
     }
 
     /// A bare name, or a URL with the host and port of the server at `couchdb`.
     pub fn is_local(&self, couchdb: &Url) -> bool {
-        self.url
-            .as_ref()
+        self.url()
             .is_none_or(|url| url.host() == couchdb.host() && url.port_or_known_default() == couchdb.port_or_known_default())
     }
 
     /// `host:port`; None for a bare name.
     pub fn host_and_port(&self) -> Option<String> {
-        let url = self.url.as_ref()?;
+        let url = self.url()?;
         Some(format!("{}:{}", url.host_str()?, url.port_or_known_default()?))
     }
 }
@@ -267,8 +257,13 @@ fn id(fields: &Map<String, Value>) -> Result<Arc<str>, Invalid> {
     }
 }
 
-fn text(fields: &Map<String, Value>, name: &str) -> Option<String> {
-    fields.get(name).and_then(Value::as_str).map(String::from)
+/// The user's fields, whatever they are. None where they are no more than two texts.
+fn params(fields: &Map<String, Value>) -> Option<Map<String, Value>> {
+    let is_params = |name: &str| !name.starts_with('_') && !NOT_FOR_COUCHDB.contains(&name);
+    let is_plain = |(name, value): (&String, &Value)| matches!(name.as_str(), "source" | "target") && value.is_string();
+    let params = || fields.iter().filter(|(name, _)| is_params(name));
+    let is_more = !params().all(is_plain);
+    is_more.then(|| params().map(|(name, value)| (name.clone(), value.clone())).collect())
 }
 
 /// Null, false, 0 and "" are no time, as in JavaScript.
@@ -371,9 +366,9 @@ mod tests {
             ("a%2Fb", "a%2Fb"),
         ] {
             for replicator in [replicator(json!({"source": source})), replicator(json!({"source": {"url": source}}))] {
-                assert_eq!(replicator.source_db_name().as_deref(), Some(expected));
+                assert_eq!(replicator.source.db_name(), expected);
             }
-            assert_eq!(replicator(json!({"target": source})).target_db_name().as_deref(), Some(expected));
+            assert_eq!(replicator(json!({"target": source})).target.db_name(), expected);
         }
     }
 
@@ -426,7 +421,7 @@ mod tests {
             (json!(1700000000), second(0), true),
         ] {
             let read = replicator(json!({"dirty": false, "dirty_at": time, "locked_at": time}));
-            assert_eq!((read.dirty_at, read.locked_at), (expected, expected), "{time}");
+            assert_eq!(read.dirty_at, expected, "{time}");
             assert_eq!(read.warnings.len(), if warns { 2 } else { 0 }, "{time}");
             assert_eq!(read.is_due(SystemTime::now()), expected.is_some());
         }
@@ -495,7 +490,7 @@ mod tests {
         fn every_legal_name_survives_its_url(name in "[a-z][a-z0-9_$()+/-]{0,20}") {
             let source = format!("http://u@h:5984/{}", crate::couch::encode_segment(&name));
             let read = replicator(json!({"source": source}));
-            prop_assert_eq!(read.source_db_name(), Some(name));
+            prop_assert_eq!(read.source.db_name(), name);
         }
 
         #[test]

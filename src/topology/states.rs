@@ -84,7 +84,7 @@ struct Entry {
     /// Writes of ours under way: what the document says is not news until they are confirmed.
     saving: u32,
     /// The newest revision that we know of, ours or somebody else's.
-    known_rev: String,
+    known_rev: Arc<str>,
     /// A run has ended, or the document said that it is settled.
     has_run: bool,
     /// No engine can make what the document asks for.
@@ -166,7 +166,7 @@ impl States {
             retries: u32::try_from(replicator.retries).unwrap_or(u32::MAX),
             durable: false,
             saving: 0,
-            known_rev: String::new(),
+            known_rev: Arc::default(),
             has_run: !replicator.dirty,
             cannot_run: false,
             progress: None,
@@ -353,7 +353,7 @@ impl States {
         match saved {
             None => Vec::new(),
             Some(saved) => {
-                entry.known_rev = saved.rev;
+                entry.known_rev = saved.rev.into();
                 entry.durable = *change != Change::Clean;
                 match saved.foreign {
                     // We wrote over somebody's word, which may have been that there is work.
@@ -417,8 +417,8 @@ impl States {
         self.due.first().map(|(until, _)| *until)
     }
 
-    pub fn known_rev(&self, id: &Id) -> Option<&str> {
-        self.entries.get(id).map(|entry| entry.known_rev.as_str())
+    pub fn known_rev(&self, id: &Id) -> Option<&Arc<str>> {
+        self.entries.get(id).map(|entry| &entry.known_rev)
     }
 
     pub fn replicator(&self, id: &Id) -> Option<&Arc<Replicator>> {

@@ -3,7 +3,7 @@
 //! Without other sides: `_replicate` makes a few runs a second, and CouchDB keeps 500 continuous jobs.
 
 use super::Bench;
-use crate::couch::Watch;
+use crate::couch::{FeedTimes, Watch};
 use crate::program::{Program, cpu_seconds_of, cpu_seconds_of_all};
 use crate::report::{ms_between, percentile, rounded};
 use crate::sides::{Side, requests_since};
@@ -31,9 +31,15 @@ pub struct Size {
 
 #[derive(Default)]
 struct Seen {
-    /// By the document's id, when its write was answered.
-    written: HashMap<String, Instant>,
+    /// By the document's id.
+    written: HashMap<String, Written>,
     arrived: HashMap<String, Instant>,
+}
+
+struct Written {
+    db: String,
+    asked: Instant,
+    answered: Instant,
 }
 
 /// Seconds used so far.
@@ -85,6 +91,7 @@ pub async fn measure(bench: &Bench, size: Size) -> anyhow::Result<()> {
 
     let seen = Shared::default();
     let reading = tokio::spawn(note_arrivals(couch.watch(&targets).await?, seen.clone()));
+    let feed = couch.watch_feed().await?;
     let (before, started) = (program.requests().await?, Instant::now());
     let (requests_at_first, rss_after_first_pass) = (before.clone(), program.memory_mb("VmRSS")?);
     let mut minutes = Vec::new();
@@ -92,11 +99,13 @@ pub async fn measure(bench: &Bench, size: Size) -> anyhow::Result<()> {
     for minute in 0..size.minutes {
         let refused = write_for_a_minute(bench, &sources, minute, &seen).await;
         let (requests_now, cpu_now) = (program.requests().await?, Cpu::of(&program)?);
-        let asked: f64 = requests_since(&requests, &requests_now).values().sum();
-        let mut figures = of_minute(&seen, minute);
+        let asked = requests_since(&requests, &requests_now);
+        let mut figures = of_minute(&seen, &feed, minute);
         figures["rss_mb"] = json!(rounded(program.memory_mb("VmRSS")?));
         figures["cpu_percent"] = cpu_now.percent_since(&cpu);
-        figures["couchdb_requests_per_change"] = json!(rounded(asked / figures["written"].as_f64().unwrap_or(1.0)));
+        let written = figures["written"].as_f64().unwrap_or_default().max(1.0);
+        figures["couchdb_requests_per_change"] = json!(rounded(asked.values().sum::<f64>() / written));
+        figures["by_endpoint"] = asked.iter().map(|(name, count)| (name.clone(), json!(rounded(count / written)))).collect();
         figures["writes_refused"] = json!(refused);
         eprintln!("  minute {minute}: {figures}");
         minutes.push(figures);
@@ -108,9 +117,8 @@ pub async fn measure(bench: &Bench, size: Size) -> anyhow::Result<()> {
     }
     // What was under way when its minute ended has come since.
     for (minute, figures) in minutes.iter_mut().enumerate() {
-        let told = of_minute(&seen, minute as u64);
-        for name in ["p50_ms", "p99_ms", "max_ms", "missing"] {
-            figures[name] = told[name].clone();
+        if let (Value::Object(figures), Value::Object(told)) = (figures, of_minute(&seen, &feed, minute as u64)) {
+            figures.extend(told);
         }
     }
     let written = locked(&seen).written.len();
@@ -202,9 +210,10 @@ async fn write_for_a_minute(bench: &Bench, sources: &[String], minute: u64, seen
         n += 1;
         writing.spawn(async move {
             let _place = place;
+            let asked = Instant::now();
             let answer = couch.put_doc(&db, &id, json!({})).await;
             if answer.is_ok() {
-                locked(&seen).written.insert(id, Instant::now());
+                locked(&seen).written.insert(id, Written { db, asked, answered: Instant::now() });
             }
             answer
         });
@@ -213,24 +222,38 @@ async fn write_for_a_minute(bench: &Bench, sources: &[String], minute: u64, seen
     answers.iter().filter_map(|answer| answer.as_ref().err()).inspect(|error| eprintln!("  {error:#}")).count()
 }
 
-fn of_minute(seen: &Shared, minute: u64) -> Value {
+/// What the feed itself takes is CouchDB's; the rest, from its row to the target, is ours.
+fn of_minute(seen: &Shared, feed: &FeedTimes, minute: u64) -> Value {
     let prefix = format!("minute{minute:03}_");
     let seen = locked(seen);
-    let written = || seen.written.iter().filter(|(id, _)| id.starts_with(&prefix));
-    let lags: Vec<f64> = written().filter_map(|(id, at)| Some(ms_between(*at, *seen.arrived.get(id)?))).collect();
-    let count = written().count();
+    let (mut lags, mut of_feed, mut over_feed) = (Vec::new(), Vec::new(), Vec::new());
+    let mut count = 0;
+    for (id, written) in seen.written.iter().filter(|(id, _)| id.starts_with(&prefix)) {
+        count += 1;
+        // The row may come before the answer to the write.
+        let row = feed.seen_after(&written.db, written.asked);
+        of_feed.extend(row.map(|row| ms_between(written.answered, row)));
+        if let Some(arrived) = seen.arrived.get(id) {
+            lags.push(ms_between(written.answered, *arrived));
+            over_feed.extend(row.map(|row| ms_between(row, *arrived)));
+        }
+    }
     json!({
         "written": count,
         "missing": count - lags.len(),
         "p50_ms": percentile(&lags, 0.5),
         "p99_ms": percentile(&lags, 0.99),
         "max_ms": percentile(&lags, 1.0),
+        "feed_p50_ms": percentile(&of_feed, 0.5),
+        "feed_p99_ms": percentile(&of_feed, 0.99),
+        "over_feed_p50_ms": percentile(&over_feed, 0.5),
+        "over_feed_p99_ms": percentile(&over_feed, 0.99),
     })
 }
 
 fn all_lags(seen: &Shared) -> Vec<f64> {
     let seen = locked(seen);
-    seen.written.iter().filter_map(|(id, at)| Some(ms_between(*at, *seen.arrived.get(id)?))).collect()
+    seen.written.iter().filter_map(|(id, written)| Some(ms_between(written.answered, *seen.arrived.get(id)?))).collect()
 }
 
 fn missing(seen: &Shared) -> usize {

@@ -1,13 +1,17 @@
 //! Checkpoints, written behind the documents: bounded in time, many of one database at once, never ahead of what is confirmed.
 //!
-//! CouchDB compares no revision of a local document: whoever writes last wins, and learns nothing. So both sides are read right
-//! before, and a checkpoint is written only where both still say what was confirmed last. Where they do not, a side was
+//! CouchDB compares no revision of a local document: whoever writes last wins, and learns nothing. So a side is read right
+//! before, and a checkpoint is written only where it still says what was confirmed last. Where it does not, that side was
 //! deleted and made again, or restored, since the documents were written: then that replicator has to run again.
+//!
+//! Many sources share a target, whose checkpoints are written many at a time; a source's are requests of their own. They are
+//! written after more changes or a longer time: until then a start after a crash reads those changes again and finds them in
+//! the target.
 
 use super::checkpoint::{Checkpoint, Entry, SourceRefused, common};
 use super::peer::{Peer, PeerError};
 use super::shared::Shared;
-use super::slots::{Anchor, Position, Slot, Slots, Unsaved};
+use super::slots::{Anchor, Position, Slot, Slots, SourceBehind, Unsaved};
 use super::written::Remembered;
 use crate::couch::Seq;
 use futures_util::stream::StreamExt;
@@ -22,6 +26,8 @@ pub struct Behind {
     pub shared: Arc<Shared>,
     /// How long a checkpoint may stay behind.
     pub after: Duration,
+    /// The same for the source's, beyond the target's.
+    pub source_after: Duration,
     /// Replicators whose documents may be gone from the target.
     pub again: Again,
     pub remembered: Remembered,
@@ -87,9 +93,10 @@ impl Behind {
             self.slots.mark_saved(id);
             return Ok(Checked::Saved);
         };
-        let Position { since, anchor, epoch, .. } = position;
+        let Position { since, anchor, source_behind, epoch, .. } = position;
+        let is_source_left_out = anchor.at_source.is_some() && !source_behind.is_due(self.source_after);
         let at_source = async {
-            match anchor.is_target_only {
+            match is_source_left_out || anchor.at_source.is_none() {
                 true => Ok(None),
                 false => self.read_checkpoint(&unsaved.source, id).await,
             }
@@ -100,16 +107,25 @@ impl Behind {
             (Err(error), _) | (_, Err(error)) if !gone(&error) => return Err(error),
             (at_source, at_target) => (at_source.ok().flatten(), at_target.ok().flatten()),
         };
-        if *epoch != self.slots.epoch() || !anchor.holds(at_source.as_ref(), at_target.as_ref()) {
+        let holds =
+            anchor.holds_at_target(at_target.as_ref()) && (is_source_left_out || anchor.holds_at_source(at_source.as_ref()));
+        if *epoch != self.slots.epoch() || !holds {
             self.forget(id, slot);
             return Ok(Checked::Moved);
         }
-        let written = self.write(id, unsaved, since, at_source.as_ref(), at_target.as_ref(), anchor.is_target_only).await?;
+        let (written, source_behind) = match is_source_left_out {
+            true => (self.write_at_target(id, unsaved, since, at_target.as_ref(), anchor).await?, *source_behind),
+            false => {
+                let refuses = anchor.at_source.is_none();
+                let written = self.write(id, unsaved, since, at_source.as_ref(), at_target.as_ref(), refuses).await?;
+                (written, SourceBehind::equal_now())
+            }
+        };
         let Some(anchor) = written else {
             self.forget(id, slot);
             return Ok(Checked::Moved);
         };
-        slot.position = Some(Position { anchor, source_seen: Instant::now(), ..position.clone() });
+        slot.position = Some(Position { anchor, source_behind, ..position.clone() });
         slot.unsaved = None;
         self.slots.mark_saved(id);
         Ok(Checked::Saved)
@@ -135,10 +151,8 @@ impl Behind {
         at_target: Option<&Checkpoint>,
         source_refuses: bool,
     ) -> Result<Option<Anchor>> {
-        let session_id: Arc<str> = format!("{:032x}", fastrand::u128(..)).into();
-        let mut entry = Entry::new(session_id.clone(), unsaved.started, SystemTime::now(), unsaved.start.clone(), seq.clone());
-        entry.count(&unsaved.counts);
-        let rev_of = |checkpoint: Option<&Checkpoint>| checkpoint.and_then(|checkpoint| checkpoint.rev.clone());
+        let entry = entry_of(unsaved, seq);
+        let session_id = entry.session_id.clone();
         let mut target_rev = rev_of(at_target);
         if !source_refuses {
             let known_to_both = common(at_source, at_target).map(|common| common.history).unwrap_or_default();
@@ -148,7 +162,7 @@ impl Behind {
                 return Ok(None);
             }
             match self.shared.write_local(&unsaved.source, id, next.document(id, rev_of(at_source).as_deref())).await {
-                Ok(()) => return Ok(Some(Anchor { session_id, is_target_only: false })),
+                Ok(()) => return Ok(Some(Anchor { at_source: Some(session_id.clone()), at_target: session_id })),
                 Err(error) if error.is_refusal() => {}
                 Err(error) => return Err(error),
             }
@@ -161,7 +175,26 @@ impl Behind {
         let instance_start_time = unsaved.source.instance_start_time().await?;
         next.source_refused = Some(SourceRefused { instance_start_time });
         self.shared.write_local(&unsaved.target, id, next.document(id, target_rev.as_deref())).await?;
-        Ok(Some(Anchor { session_id, is_target_only: true }))
+        Ok(Some(Anchor { at_target: session_id, at_source: None }))
+    }
+
+    /// The target's half alone. The checkpoint that the source has, too, stays in the history: it is what a comparison finds.
+    async fn write_at_target(
+        &self,
+        id: &Arc<str>,
+        unsaved: &Unsaved,
+        seq: &Seq,
+        at_target: Option<&Checkpoint>,
+        anchor: &Anchor,
+    ) -> Result<Option<Anchor>> {
+        let entry = entry_of(unsaved, seq);
+        let session_id = entry.session_id.clone();
+        let history = at_target.map(|target| target.history.as_slice()).unwrap_or_default();
+        let at_source = history.iter().position(|entry| Some(&entry.session_id) == anchor.at_source.as_ref());
+        let next = Checkpoint::following(history.get(at_source.unwrap_or_default()..).unwrap_or_default().to_vec(), entry);
+        self.shared.write_local(&unsaved.target, id, next.document(id, rev_of(at_target).as_deref())).await?;
+        let has_all = self.has_all(unsaved).await?;
+        Ok(has_all.then(|| Anchor { at_target: session_id, at_source: anchor.at_source.clone() }))
     }
 
     /// Whether the target still has what was written since its last checkpoint.
@@ -210,4 +243,16 @@ impl Behind {
             tokio::time::sleep((self.after / 4).min(LOOK_EACH)).await;
         }
     }
+}
+
+/// A session of its own for each checkpoint.
+fn entry_of(unsaved: &Unsaved, seq: &Seq) -> Entry {
+    let session_id = format!("{:032x}", fastrand::u128(..));
+    let mut entry = Entry::new(session_id, unsaved.started, SystemTime::now(), unsaved.start.clone(), seq.clone());
+    entry.count(&unsaved.counts);
+    entry
+}
+
+fn rev_of(checkpoint: Option<&Checkpoint>) -> Option<String> {
+    checkpoint.and_then(|checkpoint| checkpoint.rev.clone())
 }

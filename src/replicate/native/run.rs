@@ -9,7 +9,7 @@ use super::checkpoint::{Checkpoint, common_ancestor};
 use super::documents::{Transfer, TransferError};
 use super::parameters::{Parameters, Selection};
 use super::peer::{ChangesRequest, ChangesRow, Page, Peer};
-use super::slots::{Anchor, Position, Slot, Unsaved};
+use super::slots::{Anchor, Position, Slot, SourceBehind, Unsaved};
 use super::standing::{AtSource, News, stands};
 use super::written::Written;
 use crate::couch::Seq;
@@ -27,8 +27,6 @@ const PAGE_ROWS: usize = 1_000;
 const TURN: Duration = Duration::from_secs(10);
 /// Of a page that brings its documents along.
 const NEWS_ROWS: usize = 25;
-/// So long after a look at the source's checkpoint a run does without another.
-const SOURCE_TRUSTED_FOR: Duration = Duration::from_secs(60);
 /// Pages whose documents are on their way at once.
 const PAGES: usize = 3;
 
@@ -60,7 +58,7 @@ struct Begin {
     since: Seq,
     /// None where no checkpoints are kept.
     anchor: Option<Anchor>,
-    source_seen: Instant,
+    source_behind: SourceBehind,
     /// The position was confirmed: what comes after it is new to the target.
     is_known: bool,
 }
@@ -83,7 +81,7 @@ impl Run<'_> {
     }
 
     async fn pages(&self, begin: Begin, is_news: bool, slot: &mut Slot, done: &mut Done) -> Result<()> {
-        let Begin { page, since: start, mut anchor, mut source_seen, .. } = begin;
+        let Begin { page, since: start, mut anchor, mut source_behind, .. } = begin;
         let begun = Instant::now();
         let has_new_documents = page.rows.iter().filter(|row| is_first(row)).count() * 2 >= page.rows.len();
         let epoch = self.behind.slots.epoch();
@@ -123,11 +121,14 @@ impl Run<'_> {
                     let pending = total.map(|total| total.saturating_sub(done.rows));
                     self.progress.so_far(super::report(done, &self.transfer), pending, last_seq.number());
                     let Some(at) = &anchor else { continue };
-                    slot.position = Some(Position { since: last_seq, anchor: at.clone(), source_seen, has_new_documents, epoch });
+                    source_behind = source_behind.and(rows);
+                    let anchor_now = at.clone();
+                    slot.position =
+                        Some(Position { since: last_seq, anchor: anchor_now, source_behind, has_new_documents, epoch });
                     if rows == 0 {
                         continue;
                     }
-                    let unsaved = slot.unsaved.get_or_insert_with(|| self.unsaved(from.clone(), started));
+                    let unsaved = slot.unsaved.get_or_insert_with(|| Box::new(self.unsaved(from.clone(), started)));
                     unsaved.counts += counts;
                     unsaved.written.add(page.rows.iter().filter(|row| !refused.contains(&row.id)));
                     self.behind.slots.mark_unsaved(&self.id, unsaved.since);
@@ -139,8 +140,9 @@ impl Run<'_> {
                             return Err(self.moved());
                         }
                         (from, started) = (position.since, SystemTime::now());
-                        anchor = slot.position.as_ref().map(|position| position.anchor.clone());
-                        source_seen = Instant::now();
+                        if let Some(saved) = &slot.position {
+                            (anchor, source_behind) = (Some(saved.anchor.clone()), saved.source_behind);
+                        }
                     }
                 }
                 else => return Ok(()),
@@ -170,7 +172,7 @@ impl Run<'_> {
                 target.create(&self.parameters.create_target_params).await?;
             }
             let page = self.read(since.clone()).await?;
-            return Ok(Begin { page, since, anchor: None, source_seen: Instant::now(), is_known: false });
+            return Ok(Begin { page, since, anchor: None, source_behind: SourceBehind::unknown(), is_known: false });
         }
         let known = slot.position.clone().filter(|position| position.epoch == self.behind.slots.epoch());
         let ahead = async {
@@ -213,14 +215,10 @@ impl Run<'_> {
             other => (other?, false),
         };
         let stands = is_source_left_out || stands(AtSource::Says(at_source.as_ref()));
-        if let Some((Position { since, anchor, source_seen, .. }, page)) = known
+        if let Some((Position { since, anchor, source_behind, .. }, page)) = known
             && stands
         {
-            let source_seen = match is_source_left_out {
-                true => source_seen,
-                false => Instant::now(),
-            };
-            return Ok(Begin { page: page?, since, anchor: Some(anchor), source_seen, is_known: true });
+            return Ok(Begin { page: page?, since, anchor: Some(anchor), source_behind, is_known: true });
         }
         self.behind.forget(&self.id, slot);
         self.compare(at_source, at_target, source_refuses, slot).await
@@ -245,23 +243,26 @@ impl Run<'_> {
         let is_known = ancestor.is_some();
         let since = ancestor.unwrap_or_else(|| self.first());
         let session_of = |checkpoint: &Option<Checkpoint>| checkpoint.as_ref().and_then(|it| it.session_id.clone());
-        let anchor = match (session_of(&at_source), session_of(&at_target)) {
-            (Some(at_source), Some(session_id)) if is_known && at_source == session_id => {
-                Anchor { session_id, is_target_only: false }
+        let (anchor, source_behind) = match (session_of(&at_source), session_of(&at_target)) {
+            // The target is ahead where it alone was written since.
+            (Some(at_source), Some(at_target)) if is_known => {
+                let is_equal = at_source == at_target;
+                let behind = if is_equal { SourceBehind::equal_now() } else { SourceBehind::unknown() };
+                (Anchor { at_target, at_source: Some(at_source) }, behind)
             }
-            (None, Some(session_id)) if alone.is_some() => Anchor { session_id, is_target_only: true },
+            (None, Some(at_target)) if alone.is_some() => (Anchor { at_target, at_source: None }, SourceBehind::unknown()),
             _ => {
                 let begun = self.unsaved(since.clone(), SystemTime::now());
                 let written =
                     self.behind.write(&self.id, &begun, &since, at_source.as_ref(), at_target.as_ref(), source_refuses).await?;
-                written.ok_or_else(|| self.moved())?
+                (written.ok_or_else(|| self.moved())?, SourceBehind::equal_now())
             }
         };
-        let (source_seen, epoch) = (Instant::now(), self.behind.slots.epoch());
-        slot.position =
-            Some(Position { since: since.clone(), anchor: anchor.clone(), source_seen, has_new_documents: true, epoch });
+        let is_known = is_known && source_behind.is_known();
+        let (at, epoch) = (anchor.clone(), self.behind.slots.epoch());
+        slot.position = Some(Position { since: since.clone(), anchor: at, source_behind, has_new_documents: true, epoch });
         let page = self.read(since.clone()).await?;
-        Ok(Begin { page, since, anchor: Some(anchor), source_seen, is_known: is_known && alone.is_none() })
+        Ok(Begin { page, since, anchor: Some(anchor), source_behind, is_known })
     }
 
     fn unsaved(&self, start: Seq, started: SystemTime) -> Unsaved {
@@ -338,10 +339,10 @@ impl Run<'_> {
     }
 }
 
-/// A checkpoint is written only after a look at both sides, so that a source that went back is found by then; and a source that
-/// has nothing new is looked at in any case. A source that counts (PouchDB) may be another one with the same numbers.
+/// A source's checkpoint is written only after a look at it, so that a source that went back is found by then; and a source
+/// that has nothing new is looked at in any case. A source that counts (PouchDB) may be another one with the same numbers.
 fn is_source_trusted(position: &Position) -> bool {
-    position.source_seen.elapsed() < SOURCE_TRUSTED_FOR && matches!(position.since, Seq::Text(_))
+    matches!(position.since, Seq::Text(_))
 }
 
 fn news_of(since: &Seq, page: &Result<Arc<Page>>) -> News {

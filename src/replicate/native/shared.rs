@@ -44,8 +44,9 @@ impl Default for Shared {
             diffs: Gather::new(IN_FLIGHT_MAX, Duration::ZERO, |_, wishes| ask_diffs(wishes)),
             gets: Gather::new(IN_FLIGHT_MAX, TOGETHER, |_, wishes| get_some(wishes)),
             writes: Gather::new(IN_FLIGHT_MAX, Duration::ZERO, |_, wishes| write(wishes)),
-            reads: Gather::new(IN_FLIGHT_MAX, Duration::ZERO, |_, wishes| read_locals(wishes)),
-            checkpoints: Gather::new(1, Duration::ZERO, |_, wishes| write_locals(wishes)),
+            // A run reads the target's checkpoint beside the source's changes, which wait as long.
+            reads: Gather::new(IN_FLIGHT_MAX, TOGETHER, |_, wishes| read_locals(wishes)),
+            checkpoints: Gather::new(1, TOGETHER, |_, wishes| write_locals(wishes)),
         }
     }
 }

@@ -11,29 +11,25 @@ use crate::replicate::Counts;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 use tokio::sync::OwnedMutexGuard;
 use tokio::time::Instant;
 
-/// What both sides were last confirmed to say.
+/// What both sides were last confirmed to say. The source's checkpoint is written less often, so its session may be older.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Anchor {
-    pub session_id: Arc<str>,
-    /// The source takes no checkpoint: the target's alone counts.
-    pub is_target_only: bool,
+    pub at_target: Arc<str>,
+    /// None where the source takes no checkpoint: the target's alone counts.
+    pub at_source: Option<Arc<str>>,
 }
 
 impl Anchor {
-    pub fn holds(&self, source: Option<&Checkpoint>, target: Option<&Checkpoint>) -> bool {
-        self.holds_at_target(target) && self.holds_at_source(source)
-    }
-
     pub fn holds_at_target(&self, target: Option<&Checkpoint>) -> bool {
-        target.is_some_and(|target| target.session_id.as_ref() == Some(&self.session_id))
+        target.is_some_and(|target| target.session_id.as_ref() == Some(&self.at_target))
     }
 
     pub fn holds_at_source(&self, source: Option<&Checkpoint>) -> bool {
-        self.is_target_only || source.is_some_and(|source| source.session_id.as_ref() == Some(&self.session_id))
+        self.at_source.is_none() || source.is_some_and(|source| source.session_id == self.at_source)
     }
 }
 
@@ -44,10 +40,42 @@ pub struct Position {
     pub anchor: Anchor,
     /// Most of what came last were first revisions: the next may come with the changes.
     pub has_new_documents: bool,
-    /// When the source was last read to say so.
-    pub source_seen: Instant,
+    pub source_behind: SourceBehind,
     /// Of `Slots::epoch`: what was true before an outage need not be true after it.
     pub epoch: u64,
+}
+
+/// How far the source's checkpoint is behind the target's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SourceBehind {
+    /// When it last said as much as the target's. None: it is to be written with the next one.
+    pub equal: Option<Instant>,
+    pub rows_since: u64,
+}
+
+/// So few rows are read again, and found in the target, by one request each.
+const ROWS_BEHIND_MAX: u64 = 100;
+
+impl SourceBehind {
+    pub fn equal_now() -> Self {
+        Self { equal: Some(Instant::now()), rows_since: 0 }
+    }
+
+    pub fn unknown() -> Self {
+        Self { equal: None, rows_since: 0 }
+    }
+
+    pub fn is_known(&self) -> bool {
+        self.equal.is_some()
+    }
+
+    pub fn and(self, rows: u64) -> Self {
+        Self { rows_since: self.rows_since.saturating_add(rows), ..self }
+    }
+
+    pub fn is_due(&self, after: Duration) -> bool {
+        self.rows_since >= ROWS_BEHIND_MAX || self.equal.is_none_or(|equal| equal.elapsed() >= after)
+    }
 }
 
 /// Documents that are in the target while the checkpoints do not say so yet.
@@ -65,7 +93,8 @@ pub struct Unsaved {
 #[derive(Default)]
 pub struct Slot {
     pub position: Option<Position>,
-    pub unsaved: Option<Unsaved>,
+    /// Of few at any time.
+    pub unsaved: Option<Box<Unsaved>>,
 }
 
 /// By replication id. Whoever works at a replication, a run or a checkpoint, holds its slot.
@@ -130,5 +159,43 @@ impl Slots {
     /// A server was away: it may come back with an older copy of its data.
     pub fn next_epoch(&self) {
         self.epoch.fetch_add(1, Ordering::AcqRel);
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_sources_checkpoint_is_due_by_time_or_by_rows() {
+        let after = Duration::from_secs(600);
+        let equal = SourceBehind::equal_now();
+        assert!(!equal.is_due(after));
+        assert!(!equal.and(99).is_due(after));
+        assert!(equal.and(60).and(40).is_due(after));
+        assert!(equal.and(u64::MAX).and(1).is_due(after));
+        assert!(SourceBehind::unknown().is_due(after), "it is not known how far it is behind");
+        tokio::time::advance(after).await;
+        assert!(equal.is_due(after));
+        assert!(SourceBehind::equal_now().is_due(Duration::ZERO));
+    }
+
+    #[test]
+    fn each_side_has_a_session_of_its_own() {
+        let side = |session: &str| Checkpoint { session_id: Some(session.into()), ..Checkpoint::default() };
+        let (old, new) = (side("old"), side("new"));
+        let ahead = Anchor { at_target: "new".into(), at_source: Some("old".into()) };
+        let alone = Anchor { at_target: "new".into(), at_source: None };
+        for (anchor, source, target, expected) in [
+            (&ahead, Some(&old), Some(&new), (true, true)),
+            (&ahead, Some(&new), Some(&old), (false, false)),
+            (&ahead, None, Some(&new), (false, true)),
+            (&ahead, Some(&Checkpoint::default()), None, (false, false)),
+            (&alone, None, Some(&new), (true, true)),
+            (&alone, Some(&old), Some(&old), (true, false)),
+        ] {
+            assert_eq!((anchor.holds_at_source(source), anchor.holds_at_target(target)), expected, "{anchor:?}");
+        }
     }
 }

@@ -30,7 +30,7 @@ impl News {
 
 #[derive(Debug, Clone, Copy)]
 pub enum AtSource<'a> {
-    /// A look at it lately is enough, if nothing else is odd.
+    /// A look at it before its next checkpoint is enough, if nothing else is odd.
     NotAsked,
     Says(Option<&'a Checkpoint>),
 }
@@ -49,9 +49,8 @@ pub fn stands(known: &Position, news: News, at_source: AtSource<'_>, at_target: 
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 mod tests {
-    use super::super::slots::Anchor;
+    use super::super::slots::{Anchor, SourceBehind};
     use super::*;
-    use tokio::time::Instant;
 
     #[test]
     fn a_page_tells_whether_the_source_went_back() {
@@ -74,11 +73,11 @@ mod tests {
     fn a_position_stands_where_both_sides_tell_of_its_session() {
         let session = |id: &str| Checkpoint { session_id: Some(id.into()), ..Checkpoint::default() };
         let (same, other, none) = (session("s"), session("other"), Checkpoint::default());
-        let position = |is_target_only| Position {
+        let position = |is_target_only: bool| Position {
             since: Seq::zero(),
-            anchor: Anchor { session_id: "s".into(), is_target_only },
+            anchor: Anchor { at_target: "s".into(), at_source: (!is_target_only).then(|| "s".into()) },
             has_new_documents: false,
-            source_seen: Instant::now(),
+            source_behind: SourceBehind::unknown(),
             epoch: 0,
         };
         let says = |checkpoint| AtSource::Says(Some(checkpoint));

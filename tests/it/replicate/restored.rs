@@ -21,6 +21,7 @@ tests_on! {
         a_source_put_back_between_two_checkpoints_goes_on,
         a_source_made_again_with_fewer_documents_goes_on,
         both_sides_put_back_from_copies_of_other_days,
+        a_source_whose_checkpoint_is_behind_loses_nothing,
     ],
     couchdb: [
         a_target_rebuilt_with_its_older_checkpoints_is_completed,
@@ -41,8 +42,15 @@ async fn nothing_missing(pair: &Pair, when: &str) {
     assert_nothing_missing(source, target, when).await;
 }
 
+const CHECKPOINTS_SOON: [(&str, &str); 2] =
+    [("REPLICATION_CHECKPOINT_AFTER", "200ms"), ("REPLICATION_SOURCE_CHECKPOINT_AFTER", "200ms")];
+
 /// Until both sides' checkpoints cover everything: a copy that is put back sooner has the checkpoint that counts now.
 async fn checkpointed(pair: &Pair) {
+    checkpointed_at(pair, &[&pair.source.db, &pair.ours]).await;
+}
+
+async fn checkpointed_at(pair: &Pair, sides: &[&str]) {
     let couch = &pair.lab.couch;
     let documents = async |db: &str| {
         let path = format!("{}/_local_docs?include_docs=true", encode(db));
@@ -51,12 +59,13 @@ async fn checkpointed(pair: &Pair) {
         rows.map(|row| row["doc"].clone()).filter(|doc| doc["source_last_seq"].is_string()).collect::<Vec<_>>()
     };
     let covered = async || {
-        let (at_source, at_target) = (documents(&pair.source.db).await, documents(&pair.ours).await);
-        for doc in at_target {
-            let same = |other: &Value| other["_id"] == doc["_id"] && other["session_id"] == doc["session_id"];
-            if !at_source.iter().any(same) {
-                continue;
-            }
+        let mut told = documents(&pair.ours).await;
+        for side in sides {
+            let others = documents(side).await;
+            let same = |doc: &Value, other: &Value| other["_id"] == doc["_id"] && other["session_id"] == doc["session_id"];
+            told.retain(|doc| others.iter().any(|other| same(doc, other)));
+        }
+        for doc in told {
             let since = encode(doc["source_last_seq"].as_str().expect("a sequence"));
             let page = couch.changes(&pair.source.db, &format!("since={since}&limit=1")).await;
             if page["results"].as_array().is_some_and(Vec::is_empty) {
@@ -72,7 +81,7 @@ async fn started(lab: &Arc<Lab>) -> (Pair, crate::support::Spiegel) {
     let mut pair = Pair::new(lab.clone()).await;
     pair.source.grow(Pair::size() / 4, 0).await;
     pair.replicator(json!({})).await;
-    let spiegel = lab.spiegel_with(&[("REPLICATION_CHECKPOINT_AFTER", "200ms")]).await;
+    let spiegel = lab.spiegel_with(&CHECKPOINTS_SOON).await;
     pair.caught_up("at first").await;
     checkpointed(&pair).await;
     (pair, spiegel)
@@ -246,6 +255,35 @@ async fn both_sides_put_back_from_copies_of_other_days(lab: Arc<Lab>) {
     }
     pair.source.grow(5, 0).await;
     nothing_missing(&pair, "and on").await;
+}
+
+/// The target's goes on alone.
+async fn a_source_whose_checkpoint_is_behind_loses_nothing(lab: Arc<Lab>) {
+    let mut pair = Pair::new(lab.clone()).await;
+    pair.source.grow(Pair::size() / 4, 0).await;
+    pair.replicator(json!({})).await;
+    let settings = [("REPLICATION_CHECKPOINT_AFTER", "200ms"), ("REPLICATION_SOURCE_CHECKPOINT_AFTER", "1h")];
+    let mut spiegel = lab.spiegel_with(&settings).await;
+    pair.caught_up("at first").await;
+    let (source, ours) = (pair.source.db.clone(), pair.ours.clone());
+    checkpointed_at(&pair, &[&ours]).await;
+    control(&lab, "snapshot", &ours).await;
+    for restarted in [false, true] {
+        for round in 0..3 {
+            lab.couch.fill(&source, &format!("{restarted} {round} "), 5).await;
+            nothing_missing(&pair, "while the source's is behind").await;
+            checkpointed_at(&pair, &[&ours]).await;
+        }
+        control(&lab, "restore", &ours).await;
+        if restarted {
+            spiegel.restart().await;
+        }
+        lab.couch.fill(&source, &format!("{restarted} after "), 1).await;
+        nothing_missing(&pair, "the target put back").await;
+    }
+    spiegel.restart().await;
+    pair.source.grow(5, 5).await;
+    pair.same("and on").await;
 }
 
 /// What an operator without the files does: the documents by replication, the checkpoints by hand.
