@@ -346,7 +346,8 @@ const AUTHORITY_BYTES_MAX: usize = 4096;
 
 /// From where to where the password stands in what follows a `://`.
 fn password_in(after: &str) -> Option<(usize, usize)> {
-    let after = after.get(..after.floor_char_boundary(AUTHORITY_BYTES_MAX))?;
+    let end = (0..=AUTHORITY_BYTES_MAX.min(after.len())).rev().find(|at| after.is_char_boundary(*at))?;
+    let after = after.get(..end)?;
     let until = |stop: fn(char) -> bool| after.find(stop).unwrap_or(after.len());
     let authority = after.get(..until(ends_authority))?;
     if authority.starts_with('[') {
