@@ -289,7 +289,18 @@ mod tests {
             url: String::from("http://h/"),
             params: json!({"a": "x".repeat(URL_BYTES_MAX + 1)}).to_string(),
         };
-        assert!(matches!(build(rendered, &Handling::default(), &Vault::empty()), Err(RequestError::Query(_))));
+        assert!(matches!(build(rendered, &Handling::default(), &Vault::empty()), Err(RequestError::TooLong)));
+    }
+
+    /// Made anew for each member, the name alone would be 20 GB of copying.
+    #[test]
+    fn a_long_name_of_many_members_costs_no_more_than_its_length() {
+        let params = json!({"c": {"x".repeat(100_000): vec![json!([]); 200_000]}});
+        let request = request("GET", "http://h/", params);
+        assert_eq!(request.url.as_str(), "http://h/");
+        let params = json!({"c": {"x".repeat(100_000): vec![json!(1); 200_000]}});
+        let rendered = Rendered { method: Method::GET, url: String::from("http://h/"), params: params.to_string() };
+        assert!(matches!(build(rendered, &Handling::default(), &Vault::empty()), Err(RequestError::TooLong)));
     }
 
     #[test]

@@ -268,7 +268,7 @@ async fn an_answer_without_end_is_read_only_so_far() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_built_is_given_up() {
+async fn what_cannot_be_built_is_tried_later() {
     let (address, seen) = server().await;
     let mut bad_id = delivery(address, "/ok");
     bad_id.id = String::from("line\nbreak");
@@ -277,7 +277,7 @@ async fn what_cannot_be_built_is_given_up() {
     for delivery in [bad_id, bad_scheme] {
         let (result, metrics) = perform(delivery, &settings()).await;
         let failure = result.expect_err("no request");
-        assert_eq!(failure.verdict, Verdict::GiveUp, "{}", failure.error);
+        assert_eq!(failure.verdict, Verdict::Later, "{}", failure.error);
         assert_eq!(count(&metrics, "unbuildable"), 1);
     }
     assert!(seen.lock().expect("no panic under the lock").is_empty());
