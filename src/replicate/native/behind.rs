@@ -94,7 +94,9 @@ impl Behind {
             return Ok(Checked::Saved);
         };
         let Position { since, anchor, source_behind, epoch, .. } = position;
-        let is_source_left_out = anchor.at_source.is_some() && !source_behind.is_due(self.source_after);
+        // Those that ran for the first time together are not due together.
+        let source_after = self.source_after.mul_f64(0.5 + fastrand::f64() / 2.0);
+        let is_source_left_out = anchor.at_source.is_some() && !source_behind.is_due(source_after);
         let at_source = async {
             match is_source_left_out || anchor.at_source.is_none() {
                 true => Ok(None),
