@@ -140,7 +140,8 @@ async fn a_target_put_back_between_two_checkpoints_is_completed(lab: Arc<Lab>) {
     let mut pair = Pair::new(lab.clone()).await;
     pair.source.grow(Pair::size() / 4, 0).await;
     pair.replicator(json!({})).await;
-    let mut spiegel = lab.spiegel_with(&[("REPLICATION_CHECKPOINT_AFTER", "4s")]).await;
+    let settings = [("REPLICATION_CHECKPOINT_AFTER", "4s"), ("REPLICATION_SOURCE_CHECKPOINT_AFTER", "1s")];
+    let mut spiegel = lab.spiegel_with(&settings).await;
     pair.caught_up("at first").await;
     for what_next in ["nothing", "a change", "a stop", "nothing", "a kill"] {
         let fill =
@@ -319,7 +320,8 @@ async fn a_target_that_keeps_one_revision_is_taken_for_what_it_is(lab: Arc<Lab>)
     let path = format!("{}/_revs_limit", encode(&pair.ours));
     assert_eq!(lab.couch.ask(Method::PUT, &path, Some(json!(1))).await.0, StatusCode::OK);
     pair.replicator(json!({})).await;
-    let _spiegel = lab.spiegel_with(&[("REPLICATION_CHECKPOINT_AFTER", "1s")]).await;
+    let _spiegel =
+        lab.spiegel_with(&[("REPLICATION_CHECKPOINT_AFTER", "1s"), ("REPLICATION_SOURCE_CHECKPOINT_AFTER", "500ms")]).await;
     for n in 0..60 {
         lab.couch.put(&pair.source.db, "hot", json!({ "n": n })).await;
         tokio::time::sleep(Duration::from_millis(100)).await;
