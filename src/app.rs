@@ -514,14 +514,7 @@ pub struct Running {
 
 impl App {
     pub async fn open(settings: Settings, vault: Vault, couch: Couch) -> anyhow::Result<Self> {
-        let native = NativeEngine::new(
-            &couch,
-            &NativeSettings {
-                requests_per_host_max: settings.replication.requests_per_host,
-                checkpoint_after: settings.replication.checkpoint_after,
-                source_checkpoint_after: settings.replication.source_checkpoint_after,
-            },
-        )?;
+        let native = NativeEngine::new(&couch, &NativeSettings::of(&settings.replication))?;
         let world = Arc::new(World {
             native: Arc::new(native),
             metrics: couch.metrics().clone(),

@@ -26,6 +26,7 @@ pub mod standing;
 pub mod written;
 
 use super::{ReplicateError, Replication, Report};
+use crate::config::ReplicationSettings;
 use crate::couch::{Couch, CouchError};
 use crate::job::Verdict;
 use behind::{Again, Behind};
@@ -71,6 +72,16 @@ pub struct NativeSettings {
     pub checkpoint_after: Duration,
     /// The source's, beyond the target's.
     pub source_checkpoint_after: Duration,
+}
+
+impl NativeSettings {
+    pub fn of(settings: &ReplicationSettings) -> Self {
+        Self {
+            requests_per_host_max: settings.requests_per_host,
+            checkpoint_after: settings.checkpoint_after,
+            source_checkpoint_after: settings.source_checkpoint_after,
+        }
+    }
 }
 
 impl NativeEngine {
