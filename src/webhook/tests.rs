@@ -590,7 +590,7 @@ async fn an_authority_of_one_s_own_is_trusted_where_it_is_named() {
 #[tokio::test]
 async fn http_2_is_spoken_where_it_is_offered_over_one_connection() {
     for (alpn, version, connections) in
-        [(&["h2", "http/1.1"][..], http::Version::HTTP_2, 1), (&["http/1.1"], http::Version::HTTP_11, 4)]
+        [(&["h2", "http/1.1"][..], http::Version::HTTP_2, 1), (&["http/1.1"], http::Version::HTTP_11, 8)]
     {
         let receiver = Secure::start(alpn).await;
         let sender = HttpSender::new(&receiver.settings(), Arc::default(), Metrics::new()).expect("a client");
@@ -601,6 +601,7 @@ async fn http_2_is_spoken_where_it_is_offered_over_one_connection() {
             futures_util::future::join_all((0..4).map(|_| send())).await;
         }
         let ports: HashSet<u16> = receiver.seen.lock().expect("no panic under the lock").iter().map(|(.., port)| *port).collect();
+        // Of HTTP/1.1 four at once, and others where one is wanted before another has come back; far fewer than requests.
         assert!(ports.len() <= connections, "{alpn:?}: {} connections", ports.len());
         let versions = receiver.versions.lock().expect("no panic under the lock");
         assert!(versions.len() == 21 && versions.iter().all(|spoken| *spoken == version), "{versions:?}");
