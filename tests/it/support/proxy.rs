@@ -355,12 +355,12 @@ mod tests {
         proxy.set(Fault::Silent);
         assert!(post(&http).await.expect_err("silence").is_timeout());
         proxy.set(Fault::Refuse);
-        super::super::eventually(Duration::from_secs(2), "a refusal", async || {
+        super::super::eventually(super::super::SOON, "a refusal", async || {
             post(&http).await.is_err_and(|error| error.is_connect()).then_some(())
         })
         .await;
         proxy.heal();
-        super::super::eventually(Duration::from_secs(2), "an answer again", async || post(&http).await.ok()).await;
+        super::super::eventually(super::super::SOON, "an answer again", async || post(&http).await.ok()).await;
     }
 
     #[tokio::test(flavor = "multi_thread")]
