@@ -1,8 +1,9 @@
 //! Documents and databases: read, write, list.
 
 use super::{Couch, CouchError, Result, Seq, encode_doc_id, encode_segment};
-use reqwest::Method;
+use reqwest::{Method, RequestBuilder};
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -30,6 +31,17 @@ pub enum Current {
     Missing,
     Deleted { rev: String },
     Is { rev: String, doc: Option<Arc<RawValue>> },
+}
+
+/// A row of `_all_docs` with its document.
+#[derive(Deserialize)]
+struct DocRow {
+    #[serde(default)]
+    doc: Option<Value>,
+}
+
+fn all_docs_path(db: &str) -> String {
+    format!("{}/_all_docs", encode_segment(db))
 }
 
 #[derive(Deserialize)]
@@ -138,24 +150,12 @@ impl Couch {
             #[serde(default)]
             deleted: bool,
         }
-        #[derive(Deserialize)]
-        struct Entries {
-            rows: Vec<Entry>,
-        }
-        let request = self
-            .request(Method::POST, &format!("{}/_all_docs", encode_segment(db)))
-            .query(&[("include_docs", if include_docs { "true" } else { "false" })])
-            .json(&json!({ "keys": ids }));
-        let entries: Entries = self.json("_all_docs", request).await?;
-        if entries.rows.len() != ids.len() {
-            return Err(CouchError::Malformed(format!("_all_docs answered {} of {} keys", entries.rows.len(), ids.len())));
-        }
         let current = |entry: Entry| match entry.value {
             None => Current::Missing,
             Some(Winner { rev, deleted: true }) => Current::Deleted { rev },
             Some(Winner { rev, deleted: false }) => Current::Is { rev, doc: entry.doc },
         };
-        Ok(entries.rows.into_iter().map(current).collect())
+        Ok(self.all_docs_by_keys(db, ids, include_docs).await?.into_iter().map(current).collect())
     }
 
     /// The fields that a deletion left, which its revision keeps; None where it was compacted away.
@@ -169,74 +169,59 @@ impl Couch {
         }
     }
 
-    /// Many documents at once, in the order of `ids`; by POST, because a long GET can answer 400.
-    pub async fn get_docs(&self, db: &str, ids: &[String]) -> Result<Vec<Option<Value>>> {
-        #[derive(Deserialize)]
-        struct Entry {
-            #[serde(default)]
-            doc: Option<Value>,
-        }
-        #[derive(Deserialize)]
-        struct Entries {
-            rows: Vec<Entry>,
-        }
+    /// The rows of `_all_docs` for `ids`, in their order; by POST, because a long GET can answer 400.
+    async fn all_docs_by_keys<T: DeserializeOwned>(&self, db: &str, ids: &[String], include_docs: bool) -> Result<Vec<T>> {
         let request = self
-            .request(Method::POST, &format!("{}/_all_docs", encode_segment(db)))
-            .query(&[("include_docs", "true")])
+            .request(Method::POST, &all_docs_path(db))
+            .query(&[("include_docs", if include_docs { "true" } else { "false" })])
             .json(&json!({ "keys": ids }));
-        let entries: Entries = self.json("_all_docs", request).await?;
-        if entries.rows.len() != ids.len() {
-            return Err(CouchError::Malformed(format!("_all_docs answered {} of {} keys", entries.rows.len(), ids.len())));
+        let rows: Vec<T> = self.all_docs(request).await?;
+        if rows.len() != ids.len() {
+            return Err(CouchError::Malformed(format!("_all_docs answered {} of {} keys", rows.len(), ids.len())));
         }
-        Ok(entries
-            .rows
-            .into_iter()
-            .map(|entry| entry.doc.filter(|doc| doc.is_object() && doc.get("_deleted").is_none()))
-            .collect())
+        Ok(rows)
+    }
+
+    async fn all_docs<T: DeserializeOwned>(&self, request: RequestBuilder) -> Result<Vec<T>> {
+        #[derive(Deserialize)]
+        struct Page<T> {
+            rows: Vec<T>,
+        }
+        let page: Page<T> = self.json("_all_docs", request).await?;
+        Ok(page.rows)
+    }
+
+    /// Many documents at once, in the order of `ids`.
+    pub async fn get_docs(&self, db: &str, ids: &[String]) -> Result<Vec<Option<Value>>> {
+        let rows: Vec<DocRow> = self.all_docs_by_keys(db, ids, true).await?;
+        let doc = |row: DocRow| row.doc.filter(|doc| doc.is_object() && doc.get("_deleted").is_none());
+        Ok(rows.into_iter().map(doc).collect())
     }
 
     /// One page of documents whose ids start with `prefix`, after `after`.
     pub async fn docs_by_prefix(&self, db: &str, prefix: &str, after: Option<&str>, limit: usize) -> Result<Vec<Value>> {
-        #[derive(Deserialize)]
-        struct Entry {
-            #[serde(default)]
-            doc: Option<Value>,
-        }
-        #[derive(Deserialize)]
-        struct Entries {
-            rows: Vec<Entry>,
-        }
         let start = after.unwrap_or(prefix);
         let end = format!("{prefix}\u{fff0}");
-        let request = self.request(Method::GET, &format!("{}/_all_docs", encode_segment(db))).query(&[
+        let request = self.request(Method::GET, &all_docs_path(db)).query(&[
             ("include_docs", String::from("true")),
             ("startkey", Value::from(start).to_string()),
             ("endkey", Value::from(end).to_string()),
             ("limit", limit.to_string()),
         ]);
-        let entries: Entries = self.json("_all_docs", request).await?;
-        let docs = entries.rows.into_iter().filter_map(|entry| entry.doc).filter(Value::is_object);
+        let rows: Vec<DocRow> = self.all_docs(request).await?;
+        let docs = rows.into_iter().filter_map(|row| row.doc).filter(Value::is_object);
         Ok(docs.filter(|doc| Some(doc["_id"].as_str().unwrap_or_default()) != after).collect())
     }
 
     /// The first documents by id, or the last.
     pub async fn docs_at_end(&self, db: &str, descending: bool, limit: usize) -> Result<Vec<Value>> {
-        #[derive(Deserialize)]
-        struct Entry {
-            #[serde(default)]
-            doc: Option<Value>,
-        }
-        #[derive(Deserialize)]
-        struct Entries {
-            rows: Vec<Entry>,
-        }
-        let request = self.request(Method::GET, &format!("{}/_all_docs", encode_segment(db))).query(&[
+        let request = self.request(Method::GET, &all_docs_path(db)).query(&[
             ("include_docs", String::from("true")),
             ("descending", descending.to_string()),
             ("limit", limit.to_string()),
         ]);
-        let entries: Entries = self.json("_all_docs", request).await?;
-        Ok(entries.rows.into_iter().filter_map(|entry| entry.doc).collect())
+        let rows: Vec<DocRow> = self.all_docs(request).await?;
+        Ok(rows.into_iter().filter_map(|row| row.doc).collect())
     }
 
     pub async fn put_doc(&self, db: &str, id: &str, doc: &Value) -> Result<WriteResult> {
