@@ -20,6 +20,7 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use reqwest::{Method, RequestBuilder, Response, StatusCode};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use url::Url;
@@ -46,6 +47,24 @@ impl Seq {
         match self {
             Seq::Number(number) => Some(*number),
             Seq::Text(text) => text.split('-').next()?.parse().ok(),
+        }
+    }
+
+    /// As documents carry it; None where it is of a type that no server gives.
+    pub fn of_json(value: &Value) -> Option<Self> {
+        match value {
+            Value::Number(number) => number.as_u64().map(Seq::Number),
+            Value::String(text) => Some(Seq::from(text.as_str())),
+            // BigCouch's seqs were arrays; their JSON text is what `since` takes.
+            Value::Array(_) => Some(Seq::from(value.to_string().as_str())),
+            _ => None,
+        }
+    }
+
+    pub fn to_json(&self) -> Value {
+        match self {
+            Seq::Number(number) => Value::from(*number),
+            Seq::Text(text) => Value::from(text.as_ref()),
         }
     }
 
@@ -263,7 +282,7 @@ impl Couch {
 
     /// Whether the server answers us as it should: `_session` is cheap, needs valid credentials, and is JSON.
     pub async fn probe(&self) -> Result<()> {
-        let session: serde_json::Value = self.get("_session", "_session").await?;
+        let session: Value = self.get("_session", "_session").await?;
         match session["userCtx"].is_object() {
             true => Ok(()),
             false => Err(CouchError::Malformed(String::from("_session without userCtx"))),

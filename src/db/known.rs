@@ -6,7 +6,6 @@
 
 use crate::couch::Seq;
 use crate::couch::fingerprint::Fingerprint;
-use crate::db::positions::to_seq;
 use crate::rules::rule::Rule;
 use serde_json::{Map, Value};
 use std::sync::Arc;
@@ -31,7 +30,7 @@ pub fn forget(doc: &mut Map<String, Value>) {
 
 /// True where the document says that `rules`, those of its database now, have everything up to the state that looks so.
 pub fn is_delivered(doc: &Value, fingerprint: &Fingerprint, rules: &[Arc<Rule>]) -> bool {
-    let Some(last_seq) = to_seq(&doc["last_seq"]) else { return false };
+    let Some(last_seq) = Seq::of_json(&doc["last_seq"]) else { return false };
     let has_work =
         doc["dirty"] != Value::Bool(false) || ["dirty_at", "possibly_deleted_at"].iter().any(|field| !doc[*field].is_null());
     doc["type"] == "change_listener"

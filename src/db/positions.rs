@@ -78,10 +78,10 @@ impl Positions {
     /// From a `change_listener` document, or from nothing where the database has none. Fields of a wrong type count as absent:
     /// that repeats, it never skips.
     pub fn load(doc: Option<&Value>, rules: &[RuleStart]) -> Self {
-        let base = doc.and_then(|doc| doc.get("last_seq")).and_then(to_seq);
+        let base = doc.and_then(|doc| doc.get("last_seq")).and_then(Seq::of_json);
         let ahead = doc.and_then(|doc| doc.get("ahead")).filter(|ahead| ahead.is_object());
-        let ahead_is_valid = ahead.is_some_and(|ahead| ahead.get("from").and_then(to_seq) == base);
-        let stored = |rule: &RuleId| ahead?.get("rules")?.get(rule.as_ref()).and_then(to_seq);
+        let ahead_is_valid = ahead.is_some_and(|ahead| ahead.get("from").and_then(Seq::of_json) == base);
+        let stored = |rule: &RuleId| ahead?.get("rules")?.get(rule.as_ref()).and_then(Seq::of_json);
 
         let mut positions = Self { base, groups: Vec::new(), reads: 0, joins: 0, starts: BTreeMap::new(), changed: false };
         for rule in rules {
@@ -342,18 +342,18 @@ impl Positions {
 
     /// Writes the fields that are ours into a `change_listener` document.
     pub fn store(&self, doc: &mut Map<String, Value>) {
-        doc.insert(String::from("last_seq"), from_seq(self.base.as_ref()));
+        doc.insert(String::from("last_seq"), json_of(self.base.as_ref()));
         let mut rules = Map::new();
         for group in &self.groups {
             for rule in &group.rules {
                 if group.since != self.base || self.starts.contains_key(rule) {
-                    rules.insert(rule.to_string(), from_seq(group.since.as_ref()));
+                    rules.insert(rule.to_string(), json_of(group.since.as_ref()));
                 }
             }
         }
         match rules.is_empty() {
             true => drop(doc.remove("ahead")),
-            false => drop(doc.insert(String::from("ahead"), json!({ "from": from_seq(self.base.as_ref()), "rules": rules }))),
+            false => drop(doc.insert(String::from("ahead"), json!({ "from": json_of(self.base.as_ref()), "rules": rules }))),
         }
         let retries = self.groups.iter().filter_map(|group| group.hold.as_ref()).map(|hold| hold.retries).max();
         match (self.due(), retries) {
@@ -386,22 +386,8 @@ fn is_now(seq: &Seq) -> bool {
     matches!(seq, Seq::Text(text) if text.as_ref() == "now")
 }
 
-pub(super) fn to_seq(value: &Value) -> Option<Seq> {
-    match value {
-        Value::Number(number) => number.as_u64().map(Seq::Number),
-        Value::String(text) => Some(Seq::from(text.as_str())),
-        // BigCouch's seqs were arrays; their JSON text is what `since` takes.
-        Value::Array(_) => Some(Seq::from(value.to_string().as_str())),
-        _ => None,
-    }
-}
-
-fn from_seq(seq: Option<&Seq>) -> Value {
-    match seq {
-        None => Value::Null,
-        Some(Seq::Number(number)) => Value::from(*number),
-        Some(Seq::Text(text)) => Value::from(text.as_ref()),
-    }
+fn json_of(seq: Option<&Seq>) -> Value {
+    seq.map_or(Value::Null, Seq::to_json)
 }
 
 #[cfg(test)]

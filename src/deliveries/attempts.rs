@@ -247,11 +247,7 @@ impl Tries {
             return Newest::Later(NOT_NOW.min(after));
         }
         self.missing_docs.is_there(&key);
-        let seq = match &parked.seq {
-            Value::Number(number) => Seq::Number(number.as_u64().unwrap_or_default()),
-            Value::String(text) => Seq::from(text.as_str()),
-            _ => Seq::zero(),
-        };
+        let seq = Seq::of_json(&parked.seq).unwrap_or_else(Seq::zero);
         Newest::Is(Row { seq, id: parked.doc_id.clone(), changes: vec![Rev { rev }], deleted, doc })
     }
 

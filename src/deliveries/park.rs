@@ -155,10 +155,7 @@ fn merged(was: Option<Parked>, owed: &Owed, now: SystemTime, next: impl Fn(Verdi
         },
     };
     parked.rev = owed.rev.clone();
-    parked.seq = match &owed.seq {
-        Seq::Number(number) => Value::from(*number),
-        Seq::Text(text) => Value::from(text.as_ref()),
-    };
+    parked.seq = owed.seq.to_json();
     parked.instance_start_time = owed.instance_start_time.to_string();
     match &owed.failed {
         Some(failed) => failed_again(&mut parked, failed, now, next),
