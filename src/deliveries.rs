@@ -27,7 +27,6 @@ pub use park::Owed;
 
 use crate::checkpoints::Checkpoints;
 use crate::couch::Couch;
-use crate::job::DbName;
 use crate::rules::catalogue::Snapshot;
 use crate::rules::rule::Rule;
 use crate::schedule::Pool;
@@ -197,11 +196,4 @@ fn supervised(
         let _ = task.await;
         let _ = myself.cast(Message::Ended(what));
     }))
-}
-
-/// What a rule still owes for one document, as far as logs name it.
-fn told(rule: &str, db: &DbName, error: &str, is_first: bool) {
-    if is_first {
-        tracing::warn!(rule, %db, error, "a delivery failed and is parked; further ones of this rule are only counted");
-    }
 }

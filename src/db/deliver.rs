@@ -117,11 +117,11 @@ pub async fn deliver(means: &Means<'_>, to: Addressee<'_>, rows: &[Row]) -> Deli
             }
             if *is_disabled {
                 sheet.hold(index, rule, String::from("the receiver answered 410 Gone"), Wait::For(DISABLED_FOR));
-                match rule.block {
-                    true => blocked_at = blocked_at.or(Some(index)),
-                    false => continue,
+                if rule.block {
+                    blocked_at = Some(index);
+                    break;
                 }
-                break;
+                continue;
             }
             match means.deliveries.standing(&rule.id, to.db, (&row.id, row.rev()), to.received) {
                 Standing::Free => {}

@@ -1,8 +1,8 @@
 //! On behalf of a page of changes: what failed is written down, and what is parked already takes in what is newer.
 
+use super::Deliveries;
 use super::parked::{Disabled, Key, Parked, State};
 use super::patience::{History, Next};
-use super::{Deliveries, told};
 use crate::couch::{Seq, WriteResult};
 use crate::job::{DbName, Failed, Verdict};
 use crate::rules::rule::Rule;
@@ -73,7 +73,10 @@ impl Deliveries {
                     parked.doc_rev = rev;
                     let is_first = self.book.index().put(&parked);
                     self.book.changed.notify_one();
-                    told(&parked.rule, &owed.db, &parked.last_error, is_first);
+                    if is_first {
+                        let (rule, error) = (&parked.rule, &parked.last_error);
+                        tracing::warn!(rule, db = %owed.db, error, "a delivery failed and is parked; further ones of this rule are only counted");
+                    }
                     return true;
                 }
                 WriteResult::Conflict => is_known = true,
