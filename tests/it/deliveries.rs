@@ -73,6 +73,16 @@ impl Lab {
     }
 }
 
+/// A database, and a rule on it whose deliveries of these documents are answered with `status` until the flag is lowered.
+async fn a_rule_that_fails(lab: &Lab, status: u16, docs: &'static [&'static str]) -> (String, Arc<AtomicBool>) {
+    lab.install().await;
+    let db = lab.create("source").await;
+    let fails = Arc::new(AtomicBool::new(true));
+    lab.receiver.answer("/hook", failing(status, &fails, docs));
+    lab.rule("rule", &db, "/hook", json!({})).await;
+    (db, fails)
+}
+
 async fn write(lab: &Lab, db: &str, ids: &[&str]) {
     lab.couch.bulk(db, ids.iter().map(|id| json!({ "_id": id, "body": "nobody else's business" })).collect()).await;
 }
@@ -90,11 +100,7 @@ fn requests_for(lab: &Lab, path: &str, doc: &str) -> Vec<(String, String, u16)> 
 }
 
 async fn a_failed_delivery_is_parked_and_the_others_go_on(lab: Arc<Lab>) {
-    lab.install().await;
-    let db = lab.create("source").await;
-    let fails = Arc::new(AtomicBool::new(true));
-    lab.receiver.answer("/hook", failing(500, &fails, &["bad"]));
-    lab.rule("rule", &db, "/hook", json!({})).await;
+    let (db, fails) = a_rule_that_fails(&lab, 500, &["bad"]).await;
     let _spiegel = lab.spiegel_with(&QUICK).await;
     write(&lab, &db, &["a", "bad", "c"]).await;
     lab.delivered_all("/hook", &["a", "c"]).await;
@@ -119,11 +125,7 @@ async fn a_failed_delivery_is_parked_and_the_others_go_on(lab: Arc<Lab>) {
 }
 
 async fn newer_changes_join_what_is_parked(lab: Arc<Lab>) {
-    lab.install().await;
-    let db = lab.create("source").await;
-    let fails = Arc::new(AtomicBool::new(true));
-    lab.receiver.answer("/hook", failing(503, &fails, &["bad"]));
-    lab.rule("rule", &db, "/hook", json!({})).await;
+    let (db, fails) = a_rule_that_fails(&lab, 503, &["bad"]).await;
     // Longer than the test: only what a newer change brings forward is tried in it.
     let mut settings = QUICK.to_vec();
     settings[0].1 = "2s";
@@ -146,11 +148,7 @@ async fn newer_changes_join_what_is_parked(lab: Arc<Lab>) {
 }
 
 async fn what_is_parked_survives_a_kill(lab: Arc<Lab>) {
-    lab.install().await;
-    let db = lab.create("source").await;
-    let fails = Arc::new(AtomicBool::new(true));
-    lab.receiver.answer("/hook", failing(500, &fails, &["bad", "worse"]));
-    lab.rule("rule", &db, "/hook", json!({})).await;
+    let (db, fails) = a_rule_that_fails(&lab, 500, &["bad", "worse"]).await;
     let mut spiegel = lab.spiegel_with(&QUICK).await;
     write(&lab, &db, &["bad", "a", "worse"]).await;
     eventually(SOON, "both are parked", async || (lab.deliveries().await.len() == 2).then_some(())).await;
@@ -167,11 +165,7 @@ async fn what_is_parked_survives_a_kill(lab: Arc<Lab>) {
 }
 
 async fn a_deleted_document_is_told_of_by_its_parked_delivery(lab: Arc<Lab>) {
-    lab.install().await;
-    let db = lab.create("source").await;
-    let fails = Arc::new(AtomicBool::new(true));
-    lab.receiver.answer("/hook", failing(500, &fails, &["bad"]));
-    lab.rule("rule", &db, "/hook", json!({})).await;
+    let (db, fails) = a_rule_that_fails(&lab, 500, &["bad"]).await;
     let _spiegel = lab.spiegel_with(&QUICK).await;
     write(&lab, &db, &["bad"]).await;
     lab.one_delivery("it is parked", |_| true).await;
@@ -235,11 +229,7 @@ async fn a_receiver_that_is_gone_disables_its_rule(lab: Arc<Lab>) {
 }
 
 async fn past_the_bound_the_rule_is_held(lab: Arc<Lab>) {
-    lab.install().await;
-    let db = lab.create("source").await;
-    let fails = Arc::new(AtomicBool::new(true));
-    lab.receiver.answer("/hook", failing(500, &fails, &["b1", "b2", "b3", "b4"]));
-    lab.rule("rule", &db, "/hook", json!({})).await;
+    let (db, fails) = a_rule_that_fails(&lab, 500, &["b1", "b2", "b3", "b4"]).await;
     let mut settings = QUICK.to_vec();
     settings.push(("DELIVERIES_MAX_PER_RULE_AND_DATABASE", "2"));
     settings.push(("WEBHOOK_BREAKER_THRESHOLD", "1000"));
