@@ -3,15 +3,14 @@
 //! A row's id is `updated:<db>`, `created:<db>` or `deleted:<db>`, the name as it is, not encoded. CouchDB keeps the three
 //! apart and unordered, so each of them only says: look.
 
+use crate::rules::installations::INTERNAL;
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     Updated,
     Created,
     Deleted,
 }
-
-/// CouchDB's internal databases: named by rows, but not to be read through its public port.
-const INTERNAL: [&str; 3] = ["_dbs", "_nodes", "_global_changes"];
 
 /// The database that a row names, or None where it names none: design documents have no `:`.
 pub fn database_of(row_id: &str) -> Option<(Kind, &str)> {

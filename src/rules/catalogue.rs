@@ -1,7 +1,7 @@
 //! The rules and replicators as they are now, and the snapshot that everyone reads.
 
 use crate::couch::Row;
-use crate::rules::installations::databases_of;
+use crate::rules::installations::{INTERNAL, databases_of};
 use crate::rules::pattern::PatternSet;
 use crate::rules::rule::Rule;
 use crate::topology::replicator::Replicator;
@@ -113,13 +113,13 @@ impl Snapshot {
         with_name(&self.replicators.by_target, TARGET, db)
     }
 
-    /// One of Spiegel's own databases, of any installation on this server.
+    /// One of Spiegel's own databases, of any installation on this server, or CouchDB's bookkeeping.
     pub fn is_own(&self, db: &str) -> bool {
         self.own.contains(db)
     }
 
-    /// Whether a change of this database means work. Spiegel's own databases never do, whatever a rule says: a rule `.*` must
-    /// not feed on what it causes itself.
+    /// Whether a change of this database means work. Those that are [own](Self::is_own) never do, whatever a rule says: a rule
+    /// `.*` must not feed on what it causes itself.
     pub fn watches(&self, db: &str) -> bool {
         !self.own.contains(db) && (!self.replicators_from(db).is_empty() || self.patterns.any(db))
     }
@@ -143,7 +143,7 @@ impl Catalogue {
     /// `installations` are the names of the spiegel databases on this server, ours among them.
     pub fn new<'a>(installations: impl IntoIterator<Item = &'a str>) -> Self {
         Self {
-            own: installations.into_iter().flat_map(databases_of).collect(),
+            own: installations.into_iter().flat_map(databases_of).chain(INTERNAL.map(String::from)).collect(),
             rules: BTreeMap::new(),
             replicators: Replicators::default(),
             fresh: Vec::new(),
@@ -318,6 +318,21 @@ mod tests {
                 let listed = snapshot.replicators_from(replicator.source.db_name());
                 prop_assert!(listed.iter().any(|other| Arc::ptr_eq(other, replicator)), "the newest is listed");
             }
+        }
+    }
+
+    #[test]
+    fn a_rule_for_everything_takes_all_but_what_spiegel_causes_to_be_written() {
+        let mut catalogue = Catalogue::new(["spiegel", "other"]);
+        let rule =
+            json!({ "_id": "r", "_rev": "1-a", "type": "on_change", "db_name": ".*", "url": "http://h/", "method": "POST" });
+        assert!(catalogue.take(&row("r", Some(rule))));
+        let snapshot = catalogue.snapshot();
+        for db in ["user_ann", "_users", "_replicator", "spiegel_deliveries_of_mine"] {
+            assert!(snapshot.watches(db), "{db}");
+        }
+        for db in ["spiegel", "spiegel_deliveries", "other_deliveries", "_global_changes", "_dbs"] {
+            assert!(!snapshot.watches(db), "{db}");
         }
     }
 

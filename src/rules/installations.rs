@@ -1,7 +1,11 @@
-//! Which databases belong to Spiegel itself, of this installation and of every other one on the server.
+//! Which databases are nobody's to watch: Spiegel's own, of this and of every other installation on the server, and CouchDB's.
 
 use serde_json::Value;
 use std::collections::HashSet;
+
+/// CouchDB's bookkeeping. `_global_changes` is written for each write to any database, those of Spiegel too: a rule `.*` that
+/// took it would feed on its own parked deliveries.
+pub const INTERNAL: [&str; 3] = ["_dbs", "_nodes", "_global_changes"];
 
 /// The databases of one installation, by the name of its spiegel database.
 pub fn databases_of(db_name: &str) -> [String; 3] {
