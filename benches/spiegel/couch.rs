@@ -72,6 +72,14 @@ impl Couch {
         self.ask(Method::GET, &format!("{db}/{id}"), None).await
     }
 
+    /// A new revision of a document, or its first.
+    pub async fn overwrite(&self, db: &str, id: &str, mut doc: Value) -> anyhow::Result<()> {
+        if let Ok(known) = self.doc(db, id).await {
+            doc["_rev"] = known["_rev"].clone();
+        }
+        self.put_doc(db, id, doc).await
+    }
+
     pub async fn delete_doc(&self, db: &str, id: &str) -> anyhow::Result<()> {
         let doc = self.doc(db, id).await?;
         let rev = doc["_rev"].as_str().context("a document without _rev")?;

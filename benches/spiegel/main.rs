@@ -9,6 +9,7 @@
 #![allow(clippy::disallowed_methods)]
 
 mod couch;
+mod hostile;
 mod program;
 mod receiver;
 mod report;
@@ -71,6 +72,12 @@ struct Args {
     /// How long `many` writes
     #[arg(long, default_value_t = 2)]
     minutes: u64,
+    /// How long the receivers of `hostile` misbehave
+    #[arg(long, default_value_t = 60)]
+    hostile_seconds: u64,
+    /// How long the one that is gone stays away
+    #[arg(long, default_value_t = 90)]
+    gone_seconds: u64,
     /// cargo's own flag
     #[arg(long, hide = true)]
     bench: bool,
@@ -100,6 +107,8 @@ enum Row {
     Catchup,
     /// The same without CouchDB: from changes that were read already, plain and signed
     Deliveries,
+    /// Receivers that fail, hang and flood beside one that works: its speed, the memory, and whether all comes in the end
+    Hostile,
     /// Which of a thousand rules a change concerns, in this process
     Matching,
     /// Resident memory with many idle databases
@@ -157,6 +166,9 @@ async fn measure(bench: &Bench, args: &Args) -> anyhow::Result<()> {
                 rows::deliveries::measure(bench, args.documents, args.rounds).await.context("deliveries")?;
             }
             Row::Catchup => rows::catchup::measure(bench, args.documents).await.context("catchup")?,
+            Row::Hostile => {
+                rows::hostile::measure(bench, args.hostile_seconds, args.gone_seconds).await.context("hostile")?;
+            }
             Row::Matching => rows::matching::measure(bench).context("matching")?,
             // Both need the same thousand databases, which take longest to make.
             Row::Memory => rows::idle::measure(bench, args.databases, true, wanted(Row::Idle)).await.context("memory")?,

@@ -6,6 +6,7 @@ pub mod catchup;
 pub mod deliveries;
 pub mod fanin;
 pub mod fanout;
+pub mod hostile;
 pub mod idle;
 pub mod many;
 pub mod matching;
