@@ -9,6 +9,7 @@ pub mod deliver;
 pub mod directory;
 pub mod durable;
 pub mod known;
+pub mod late;
 pub mod listen;
 pub mod positions;
 pub mod rule_health;
@@ -21,12 +22,13 @@ use crate::topology;
 use crate::vault::redact_text;
 use debounce::{Debounce, Next};
 use durable::{Missing, forget_missing, make_durable};
-use listen::{ListenError, Listener, Tools};
+use late::Late;
+use listen::{Leaving, ListenError, Listener, Tools};
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{Notify, oneshot, watch};
 use tokio::task::AbortHandle;
 
 pub enum Message {
@@ -54,6 +56,8 @@ pub enum Message {
     Spilled {
         durable: bool,
     },
+    /// Deliveries that a run left behind have ended.
+    LateEnded,
     /// The database is missing: look again then.
     Recheck {
         at: SystemTime,
@@ -74,6 +78,8 @@ impl ractor::Message for Message {}
 
 pub struct RunEnded {
     listener: Option<Listener>,
+    /// Where there is no listener: what an earlier one left behind.
+    late: Late,
     result: Result<(), ListenError>,
     replicated: Option<oneshot::Receiver<()>>,
 }
@@ -134,6 +140,10 @@ pub struct State {
     instance: Instance,
     /// Its document was written behind the listener's back, by a spill.
     listener_is_stale: bool,
+    /// Told of hints during a run.
+    more: Arc<Notify>,
+    /// Of a listener that had to be forgotten.
+    late: Late,
 }
 
 impl Drop for State {
@@ -172,6 +182,8 @@ impl Actor for DbActor {
             stopping: false,
             instance: Instance::Unchanged,
             listener_is_stale: false,
+            more: Arc::default(),
+            late: Late::default(),
         })
     }
 
@@ -184,6 +196,15 @@ impl Actor for DbActor {
                     state.instance = instance;
                     state.retry_at = None;
                 }
+                if state.run.is_some() {
+                    state.more.notify_one();
+                }
+                if state.retry_at.is_none() {
+                    let next = state.debounce.hint(now);
+                    state.follow(&myself, next);
+                }
+            }
+            Message::LateEnded => {
                 if state.retry_at.is_none() {
                     let next = state.debounce.hint(now);
                     state.follow(&myself, next);
@@ -257,12 +278,17 @@ impl State {
         let claim = shared.debts.claim(&db);
         self.claims.insert(claim);
         let seen = shared.debts.fingerprint(&db, claim);
-        let myself = myself.clone();
+        // What was told before this run is what it is for.
+        self.more = Arc::default();
+        let (myself, told) = (myself.clone(), myself.clone());
+        let told = Arc::new(move || drop(told.cast(Message::LateEnded)));
+        let left = Left { late: std::mem::take(&mut self.late), leaving: Leaving { more: self.more.clone(), told } };
         let run = tokio::spawn(async move {
-            let running = tokio::spawn(run(db, shared, listener, instance, is_stale, seen));
+            let running = tokio::spawn(run(db, shared, listener, instance, is_stale, seen, left));
             let _abort_with_us = AbortOnDrop(running.abort_handle());
             let ended = running.await.unwrap_or_else(|crash| RunEnded {
                 listener: None,
+                late: Late::default(),
                 result: Err(ListenError::Unsaved(redact_text(&format!("the run crashed: {crash}")))),
                 replicated: None,
             });
@@ -279,7 +305,7 @@ impl State {
         ended: RunEnded,
     ) -> Result<(), ActorProcessingErr> {
         self.run = None;
-        let RunEnded { listener, result, replicated } = ended;
+        let RunEnded { listener, late, result, replicated } = ended;
         let has_more = listener.as_ref().is_some_and(|listener| listener.positions().has_more());
         self.listener = listener;
         let next = self.debounce.run_ended(now);
@@ -310,8 +336,8 @@ impl State {
             }
             Err(error) => {
                 self.release(claim);
-                // What was known of the document, or of the database, may be why it failed.
-                self.listener = None;
+                // What was known of the document, or of the database, may be why it failed; what is under way still is.
+                self.late = self.listener.take().map_or(late, Listener::into_late);
                 self.instance = Instance::Unsure;
                 self.retry_at = Some(now + self.retry_delay(&error));
             }
@@ -460,7 +486,7 @@ impl State {
         };
         if let Some(at) = passivation
             && at <= now
-            && !self.listener.as_ref().is_some_and(|listener| listener.positions().remembers_deliveries())
+            && !self.listener.as_ref().is_some_and(Listener::remembers_deliveries)
         {
             let wake_at = [self.held_until(), self.recheck_at].into_iter().flatten().min();
             let message =
@@ -508,6 +534,12 @@ fn until(at: SystemTime) -> Duration {
     at.duration_since(SystemTime::now()).unwrap_or_default() + Duration::from_millis(1)
 }
 
+/// For a listener that leaves slow deliveries behind: what an earlier one left, and how.
+struct Left {
+    late: Late,
+    leaving: Leaving,
+}
+
 async fn run(
     db: DbName,
     shared: Arc<Shared>,
@@ -515,6 +547,7 @@ async fn run(
     instance: Instance,
     is_stale: bool,
     seen: Option<Fingerprint>,
+    left: Left,
 ) -> RunEnded {
     // At the start, work that is durable may be known before the rules are.
     let snapshot = loaded_snapshot(&shared).await;
@@ -530,7 +563,7 @@ async fn run(
         }
     };
     if rules.is_empty() || !snapshot.watches(&db) {
-        return RunEnded { listener: None, result: Ok(()), replicated };
+        return RunEnded { listener: None, late: left.late, result: Ok(()), replicated };
     }
     let loaded = match listener {
         Some(listener) if is_stale => listener.reload(&shared.tools).await,
@@ -539,11 +572,12 @@ async fn run(
     };
     let mut listener = match loaded {
         Ok(listener) => listener,
-        Err(error) => return RunEnded { listener: None, result: Err(error), replicated },
+        Err(error) => return RunEnded { listener: None, late: left.late, result: Err(error), replicated },
     };
     listener.meet(instance);
+    listener.leave_by(left.leaving, left.late);
     let result = listener.listen(&shared.tools, &rules, seen).await;
-    RunEnded { listener: Some(listener), result, replicated }
+    RunEnded { listener: Some(listener), late: Late::default(), result, replicated }
 }
 
 async fn loaded_snapshot(shared: &Shared) -> Arc<Snapshot> {

@@ -51,8 +51,8 @@ const TEN_GIGABYTES: u64 = 10 * 1024 * 1024 * 1024;
 pub struct Accepted {
     /// By database and document id, the last `n` of the accepted ones.
     last: HashMap<(String, String), u64>,
-    /// By database, document id and `n`: when it came first.
-    arrivals: HashMap<(String, String, u64), Instant>,
+    /// By database and document id: which `n` came when.
+    arrivals: HashMap<(String, String), Vec<(u64, Instant)>>,
     pub count: usize,
     pub repeats: usize,
     /// An older `n` than one that was accepted before.
@@ -65,17 +65,19 @@ impl Accepted {
         self.last.get(&(db.to_string(), id.to_string())).copied()
     }
 
+    /// When this state of a document came, or a newer one.
     pub fn arrival(&self, db: &str, id: &str, n: u64) -> Option<Instant> {
-        self.arrivals.get(&(db.to_string(), id.to_string(), n)).copied()
+        let arrivals = self.arrivals.get(&(db.to_string(), id.to_string()))?;
+        arrivals.iter().find(|(came, _)| *came >= n).map(|(_, at)| *at)
     }
 
     fn take(&mut self, id: &str, body: &Value) {
         self.count += 1;
         self.repeats += usize::from(!self.ids.insert(id.to_string()));
         let text = |value: &Value| value.as_str().unwrap_or_default().to_string();
-        let n = body["change"]["doc"]["n"].as_u64().unwrap_or_default();
-        let (db, doc_id) = (text(&body["db"]), text(&body["change"]["id"]));
-        self.arrivals.entry((db.clone(), doc_id.clone(), n)).or_insert_with(Instant::now);
+        let n = body["change"]["n"].as_u64().unwrap_or_default();
+        let (db, doc_id) = (text(&body["db"]), text(&body["change"]["_id"]));
+        self.arrivals.entry((db.clone(), doc_id.clone())).or_default().push((n, Instant::now()));
         let last = self.last.entry((db, doc_id)).or_insert(n);
         self.out_of_order += usize::from(n < *last);
         *last = (*last).max(n);

@@ -4,6 +4,7 @@
 //! `order`, `block`), where its host is not asked for now, or where no more may be parked, the rule is held at its first row.
 
 use crate::couch::Row;
+use crate::db::late::{Late, Outstanding};
 use crate::db::positions::{PageOutcome, RuleId};
 use crate::deliveries::index::Standing;
 use crate::deliveries::{Deliveries, Owed};
@@ -15,12 +16,15 @@ use crate::schedule::Pool;
 use crate::vault::Vault;
 use crate::webhook::request::RequestError;
 use crate::webhook::{Delivery, HttpSender};
-use futures_util::future::join_all;
-use std::collections::{BTreeMap, HashSet};
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
 
 /// With what a page is delivered.
 pub struct Means<'a> {
@@ -40,6 +44,19 @@ pub struct Addressee<'a> {
     pub probing: bool,
     /// When the page had been read.
     pub received: Instant,
+    /// Where others would wait for the slowest.
+    pub leave: Option<Leave<'a>>,
+}
+
+/// When a page goes on without its slow deliveries.
+#[derive(Clone, Copy)]
+pub struct Leave<'a> {
+    /// The database has changed since.
+    pub more: &'a Notify,
+    /// Whether somebody waits already.
+    pub is_wanted: bool,
+    /// Other rules stand elsewhere, so that nobody of this page needs to be done.
+    pub has_others: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -57,14 +74,19 @@ pub enum Wait {
     For(Duration),
 }
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Delivered {
     pub page: PageOutcome,
     pub failures: BTreeMap<RuleId, RuleFailure>,
+    /// What is still under way.
+    pub late: BTreeMap<RuleId, Vec<(String, Outstanding)>>,
 }
 
 /// A rule that is disabled is looked at again after this, if nobody tells of its end before.
 pub const DISABLED_FOR: Duration = Duration::from_secs(600);
+
+/// A receiver is not slow before this.
+const PATIENCE: Duration = Duration::from_millis(100);
 
 struct Pending {
     row: usize,
@@ -73,8 +95,30 @@ struct Pending {
     outcome: oneshot::Receiver<Outcome>,
 }
 
-/// Of one rule whose deliveries keep the order of the whole database.
-type Line = Vec<(usize, u64, Result<Delivery, Outcome>)>;
+/// Of one rule whose deliveries keep the order of the whole database: what is sent after the one that is under way.
+type Line = VecDeque<(usize, u64, Result<Delivery, Outcome>)>;
+
+/// One that is under way; ready with where its delivery stands in the list.
+struct Flying {
+    at: usize,
+    outcome: oneshot::Receiver<Outcome>,
+}
+
+impl Future for Flying {
+    type Output = (usize, Outcome);
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        Pin::new(&mut self.outcome).poll(context).map(|outcome| (self.at, outcome.unwrap_or_else(|_| lost())))
+    }
+}
+
+/// A delivery of the list that is awaited.
+struct Sent {
+    row: usize,
+    rule: Arc<Rule>,
+    key: u64,
+    ended: Option<Outcome>,
+}
 
 struct Sheet<'a> {
     means: &'a Means<'a>,
@@ -84,11 +128,12 @@ struct Sheet<'a> {
     failed: BTreeMap<RuleId, usize>,
     failures: BTreeMap<RuleId, RuleFailure>,
     parking: Vec<(usize, Arc<Rule>, u64, Option<Failed>)>,
+    late: BTreeMap<RuleId, Vec<(String, Outstanding)>>,
 }
 
 /// Delivers rows in order. Rules that do not block are sent together and awaited at the end; a blocking one is awaited before
 /// the next row starts.
-pub async fn deliver(means: &Means<'_>, to: Addressee<'_>, rows: &[Row]) -> Delivered {
+pub async fn deliver(means: &Means<'_>, to: Addressee<'_>, rows: &[Row], late: &mut Late) -> Delivered {
     let mut sheet = Sheet {
         means,
         to: &to,
@@ -97,6 +142,7 @@ pub async fn deliver(means: &Means<'_>, to: Addressee<'_>, rows: &[Row]) -> Deli
         failed: BTreeMap::new(),
         failures: BTreeMap::new(),
         parking: Vec::new(),
+        late: BTreeMap::new(),
     };
     let disabled: Vec<bool> = to.rules.iter().map(|rule| means.deliveries.is_disabled(rule)).collect();
     let mut waiting: Vec<Pending> = Vec::new();
@@ -136,15 +182,22 @@ pub async fn deliver(means: &Means<'_>, to: Addressee<'_>, rows: &[Row]) -> Deli
             }
             let built = crate::webhook::delivery(means.vault, rule, to.db, to.instance_start_time, &doc, 0).map_err(unbuildable);
             if rule.handling.order == Order::Database && !rule.block && !probing {
-                let line = lines.entry(rule.id.clone()).or_insert_with(|| (rule.clone(), Vec::new()));
-                line.1.push((index, key, built));
+                let line = lines.entry(rule.id.clone()).or_insert_with(|| (rule.clone(), Line::new()));
+                line.1.push_back((index, key, built));
                 continue;
             }
-            let (reply, outcome) = oneshot::channel();
-            match built {
-                Ok(delivery) => unsent.push((Arc::new(delivery), reply)),
-                Err(outcome) => drop(reply.send(outcome)),
-            }
+            let outcome = match late.take(&rule.id, &row.id) {
+                Some(sent) if sent.key == key => sent.outcome,
+                Some(older) => after(older, means.pool, built),
+                None => {
+                    let (reply, outcome) = oneshot::channel();
+                    match built {
+                        Ok(delivery) => unsent.push((Arc::new(delivery), reply)),
+                        Err(outcome) => drop(reply.send(outcome)),
+                    }
+                    outcome
+                }
+            };
             let pending = Pending { row: index, rule: rule.clone(), key, outcome };
             match rule.block || probing {
                 true => blocking.push(pending),
@@ -157,7 +210,9 @@ pub async fn deliver(means: &Means<'_>, to: Addressee<'_>, rows: &[Row]) -> Deli
         if !blocking.is_empty() {
             means.pool.submit(std::mem::take(&mut unsent));
             let rule_blocks = blocking.iter().any(|pending| pending.rule.block);
-            if !sheet.settle(blocking).await {
+            // What probes for several rules holds all of them, whoever is slow.
+            let leave = to.leave.filter(|_| !rule_blocks && to.rules.len() == 1);
+            if !sheet.settle(blocking, BTreeMap::new(), leave).await {
                 match rule_blocks {
                     true => blocked_at = Some(index),
                     // The probe failed: the rest of the page is not tried for these rules.
@@ -169,43 +224,72 @@ pub async fn deliver(means: &Means<'_>, to: Addressee<'_>, rows: &[Row]) -> Deli
         }
     }
     means.pool.submit(unsent);
-    let in_line = lines.into_values().map(|(rule, line)| async move { (rule, send_in_line(means.pool, line).await) });
-    let (in_line, _) = futures_util::future::join(join_all(in_line), sheet.settle(waiting)).await;
-    for (rule, outcomes) in in_line {
-        for (row, key, outcome) in outcomes {
-            sheet.ended(row, &rule, key, outcome).await;
+    for (rule_id, (_, line)) in &mut lines {
+        // One at a time: what is under way for this rule is the first of its line.
+        if let Some((row, key, built)) = line.pop_front() {
+            let id = rows.get(row).map_or("", |row| row.id.as_str());
+            let outcome = match late.take(rule_id, id) {
+                Some(sent) if sent.key == key => sent.outcome,
+                Some(older) => after(older, means.pool, built),
+                None => send(means.pool, built),
+            };
+            let rule = to.rules.iter().find(|rule| rule.id == *rule_id);
+            waiting.extend(rule.map(|rule| Pending { row, rule: rule.clone(), key, outcome }));
         }
     }
+    let lines = lines.into_iter().map(|(id, (_, line))| (id, line)).collect();
+    // Where the page is blocked nobody of it goes on.
+    sheet.settle(waiting, lines, to.leave.filter(|_| blocked_at.is_none())).await;
     sheet.park().await;
+    let ids: Vec<RuleId> = to.rules.iter().map(|rule| rule.id.clone()).collect();
+    late.forget_ended_of(&ids);
     sheet.close(blocked_at)
 }
 
-/// One after the other, to the first that fails.
-async fn send_in_line(pool: &Pool<HttpSender>, line: Line) -> Vec<(usize, u64, Outcome)> {
-    let mut outcomes = Vec::with_capacity(line.len());
-    for (row, key, delivery) in line {
-        let outcome = match delivery {
-            Ok(delivery) => pool.run(delivery).await.unwrap_or_else(|_| lost()),
-            Err(outcome) => outcome,
-        };
-        let is_done = outcome == Outcome::Done;
-        outcomes.push((row, key, outcome));
-        if !is_done {
-            break;
+fn send(pool: &Pool<HttpSender>, built: Result<Delivery, Outcome>) -> oneshot::Receiver<Outcome> {
+    match built {
+        Ok(delivery) => pool.run(delivery),
+        Err(outcome) => {
+            let (reply, receiver) = oneshot::channel();
+            let _ = reply.send(outcome);
+            receiver
         }
     }
-    outcomes
+}
+
+/// Never two at once for one document: an older revision's delivery ends first.
+fn after(older: Outstanding, pool: &Pool<HttpSender>, built: Result<Delivery, Outcome>) -> oneshot::Receiver<Outcome> {
+    let (pool, (reply, receiver)) = (pool.clone(), oneshot::channel());
+    tokio::spawn(async move {
+        let _ = older.outcome.await;
+        if let Ok(outcome) = send(&pool, built).await {
+            let _ = reply.send(outcome);
+        }
+    });
+    receiver
 }
 
 impl Sheet<'_> {
-    /// True when what comes after them may be sent.
-    async fn settle(&mut self, pending: Vec<Pending>) -> bool {
-        let mut all = true;
-        for Pending { row, rule, key, outcome } in pending {
-            let outcome = outcome.await.unwrap_or_else(|_| lost());
-            all &= self.ended(row, &rule, key, outcome).await;
+    /// Awaits deliveries, and what follows them in their lines. True when what comes after them may be sent.
+    async fn settle(&mut self, pending: Vec<Pending>, lines: BTreeMap<RuleId, Line>, leave: Option<Leave<'_>>) -> bool {
+        let (sent, flying) = gather(self.means.pool, pending, lines, leave).await;
+        let mut left: HashMap<usize, Flying> = flying.into_iter().map(|flying| (flying.at, flying)).collect();
+        let mut all = left.is_empty();
+        for (at, Sent { row, rule, key, ended }) in sent.into_iter().enumerate() {
+            match (ended, left.remove(&at)) {
+                (Some(outcome), _) => all &= self.ended(row, &rule, key, outcome).await,
+                (None, Some(Flying { outcome, .. })) => self.leave(row, &rule, Outstanding { key, outcome }),
+                (None, None) => {}
+            }
         }
         all
+    }
+
+    fn leave(&mut self, row: usize, rule: &Arc<Rule>, outstanding: Outstanding) {
+        let first = self.failed.entry(rule.id.clone()).or_insert(row);
+        *first = row.min(*first);
+        let id = self.rows.get(row).map(|row| row.id.clone()).unwrap_or_default();
+        self.late.entry(rule.id.clone()).or_default().push((id, outstanding));
     }
 
     async fn ended(&mut self, row: usize, rule: &Arc<Rule>, key: u64, outcome: Outcome) -> bool {
@@ -287,12 +371,68 @@ impl Sheet<'_> {
         };
         let page = PageOutcome {
             row_seqs: self.rows.iter().map(|row| row.seq.clone()).collect(),
+            // One that failed as well backs off.
+            late: self.late.keys().filter(|rule| !self.failures.contains_key(*rule)).cloned().collect(),
             failed: self.failed,
             blocked_at,
             delivered,
             ..PageOutcome::default()
         };
-        Delivered { page, failures: self.failures }
+        Delivered { page, failures: self.failures, late: self.late }
+    }
+}
+
+/// Awaits all, or until others have waited long enough; what has not ended then is given back as it is.
+async fn gather(
+    pool: &Pool<HttpSender>,
+    pending: Vec<Pending>,
+    mut lines: BTreeMap<RuleId, Line>,
+    leave: Option<Leave<'_>>,
+) -> (Vec<Sent>, FuturesUnordered<Flying>) {
+    let started = Instant::now();
+    let (mut sent, mut flying) = (Vec::with_capacity(pending.len()), FuturesUnordered::new());
+    let mut under_way: HashMap<RuleId, usize> = HashMap::new();
+    for Pending { row, rule, key, outcome } in pending {
+        *under_way.entry(rule.id.clone()).or_default() += 1;
+        flying.push(Flying { at: sent.len(), outcome });
+        sent.push(Sent { row, rule, key, ended: None });
+    }
+    let mut first_done = leave.filter(|leave| leave.has_others).map(|_| Duration::ZERO);
+    loop {
+        let slow_at = leave.and(first_done).map(|took| started + took + took.max(PATIENCE));
+        let ended = tokio::select! {
+            biased;
+            ended = flying.next() => ended,
+            () = is_left(leave, slow_at) => break,
+        };
+        let Some((at, outcome)) = ended else { break };
+        let Some(done) = sent.get_mut(at) else { continue };
+        let (rule, goes_on) = (done.rule.clone(), outcome == Outcome::Done);
+        done.ended = Some(outcome);
+        let next = lines.get_mut(&rule.id).and_then(Line::pop_front).filter(|_| goes_on);
+        match next {
+            Some((row, key, built)) => {
+                flying.push(Flying { at: sent.len(), outcome: send(pool, built) });
+                sent.push(Sent { row, rule, key, ended: None });
+            }
+            None => {
+                let left = under_way.entry(rule.id.clone()).or_default();
+                *left = left.saturating_sub(1);
+                if *left == 0 {
+                    first_done.get_or_insert(started.elapsed());
+                }
+            }
+        }
+    }
+    (sent, flying)
+}
+
+/// Ends when the slow ones are left to themselves: not before they have had their time, nor before somebody waits for it.
+async fn is_left(leave: Option<Leave<'_>>, slow_at: Option<Instant>) {
+    let (Some(leave), Some(slow_at)) = (leave, slow_at) else { return std::future::pending().await };
+    tokio::time::sleep_until(slow_at.into()).await;
+    if !leave.is_wanted {
+        leave.more.notified().await;
     }
 }
 

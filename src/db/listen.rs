@@ -7,8 +7,9 @@ use crate::checkpoints::Checkpoints;
 use crate::couch::fingerprint::Fingerprint;
 use crate::couch::{Changes, ChangesQuery, Couch, CouchError, Seq, WriteResult};
 use crate::db::Instance;
-use crate::db::deliver::{Addressee, DISABLED_FOR, Delivered, Means, RuleFailure, Wait, deliver};
+use crate::db::deliver::{Addressee, DISABLED_FOR, Delivered, Leave, Means, RuleFailure, Wait, deliver};
 use crate::db::known;
+use crate::db::late::Late;
 use crate::db::positions::{Positions, RuleId, RuleStart};
 use crate::db::rule_health::RuleHealth;
 use crate::deliveries::Deliveries;
@@ -22,7 +23,7 @@ use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, Semaphore};
 use tokio_util::task::AbortOnDropHandle;
 
 /// What every listen needs; shared by all databases.
@@ -66,6 +67,16 @@ pub struct Listener {
     is_instance_unsure: bool,
     /// What a sweep read of the database before this run.
     seen: Option<Fingerprint>,
+    late: Late,
+    leaving: Option<Leaving>,
+}
+
+/// With what a page leaves its slow deliveries behind.
+pub struct Leaving {
+    /// The database has changed since the run began.
+    pub more: Arc<Notify>,
+    /// Called when what was left has ended.
+    pub told: Arc<dyn Fn() + Send + Sync>,
 }
 
 /// The page after the one that is being delivered.
@@ -96,6 +107,8 @@ const SLOW_PAGE: Duration = Duration::from_secs(1);
 /// What was dirty is loaded within this.
 const JUST_STARTED: Duration = Duration::from_secs(60);
 const HELD_AT_START: Duration = Duration::from_secs(10);
+/// A rule whose deliveries are under way is told of their end; a process that does not hear of it looks after this.
+const LATE_LOOKED_AT_AFTER: Duration = Duration::from_secs(15);
 /// A host that may be asked at once is still not asked in a hot loop.
 const HOST_WAIT_MIN: Duration = Duration::from_millis(100);
 
@@ -108,9 +121,8 @@ impl Listener {
         let id = document_id(db);
         let doc = tools.checkpoints.load(id.clone()).await.map_err(|gone| ListenError::Unsaved(gone.to_string()))?;
         let mut positions = Positions::load(doc.as_ref(), &starts(rules));
-        if tools.started.elapsed() < JUST_STARTED {
-            // Rules may have been edited or enabled, and hosts come back, while nobody was there.
-            positions.hold_at_most(SystemTime::now() + HELD_AT_START);
+        if let Some(until) = held_at_most(doc.as_ref(), SystemTime::now(), tools.started.elapsed()) {
+            positions.hold_at_most(until);
         }
         let instance = doc.as_ref().and_then(|doc| doc["instance_start_time"].as_str()).map(str::to_string);
         Ok(Self {
@@ -123,7 +135,26 @@ impl Listener {
             instance_start_time: instance,
             is_instance_unsure: false,
             seen: None,
+            late: Late::default(),
+            leaving: None,
         })
+    }
+
+    /// Without this every run waits for all that it sends. `late` is what an earlier listener of this database left.
+    pub fn leave_by(&mut self, leaving: Leaving, late: Late) {
+        self.leaving = Some(leaving);
+        if !late.is_empty() {
+            self.late = late;
+        }
+    }
+
+    pub fn into_late(self) -> Late {
+        self.late
+    }
+
+    /// True while there is something that would be lost, and repeated, by forgetting this and loading it again.
+    pub fn remembers_deliveries(&self) -> bool {
+        self.positions.remembers_deliveries() || !self.late.is_empty()
     }
 
     pub fn positions(&self) -> &Positions {
@@ -165,6 +196,7 @@ impl Listener {
         }
         self.times_enabled.retain(|id, times| *times > 0 && self.rule_revs.contains_key(id));
         let gone: Vec<RuleId> = self.rule_revs.keys().filter(|id| rules.iter().all(|rule| rule.id != **id)).cloned().collect();
+        self.late.retain(|rule| rules.iter().any(|known| known.id == *rule));
         for rule in gone {
             self.rule_revs.remove(&rule);
             tools.rule_health.gone(&rule, &self.db);
@@ -180,7 +212,7 @@ impl Listener {
         let was_dirty = self.doc.as_ref().is_some_and(|doc| doc["dirty"] != Value::Bool(false));
         self.positions.begin_run();
         let mut prefetched: Option<Prefetched> = None;
-        while let Some(index) = self.positions.next_read(SystemTime::now()) {
+        while let Some(index) = self.next_read() {
             let group = self.positions.group(index);
             let group_rules: Vec<Arc<Rule>> = rules.iter().filter(|rule| group.rules.contains(&rule.id)).cloned().collect();
             if group.hold.is_some()
@@ -221,7 +253,7 @@ impl Listener {
                     Some(Prefetched { since: page.last_seq.clone(), include_docs, page: AbortOnDropHandle::new(reading) });
             }
             let started = Instant::now();
-            let Delivered { page: mut outcome, failures } =
+            let Delivered { page: mut outcome, failures, late } =
                 self.deliver(tools, index, &group_rules, (&page, received), permit).await?;
             if started.elapsed() >= SLOW_PAGE {
                 // The receiver is the slow one: a page in memory would only wait for it.
@@ -232,6 +264,11 @@ impl Listener {
             outcome.pending = pending;
             drop(page.rows);
             self.page_done(tools, index, outcome, &failures);
+            for (rule, left) in late {
+                if let Some(Leaving { told, .. }) = &self.leaving {
+                    self.late.leave(&rule, left, told.clone());
+                }
+            }
             if self.positions.changed() {
                 self.save(tools, false).await?;
             }
@@ -240,6 +277,14 @@ impl Listener {
             self.save(tools, was_dirty).await?;
         }
         Ok(())
+    }
+
+    fn next_read(&mut self) -> Option<usize> {
+        let now = SystemTime::now();
+        for rule in self.late.ended() {
+            self.positions.due_now(&rule, now);
+        }
+        self.positions.next_read(now)
     }
 
     fn query(&self, index: usize, limit: usize, include_docs: bool) -> ChangesQuery {
@@ -284,7 +329,10 @@ impl Listener {
             let instance = tools.couch.db_info(&self.db).await?.instance_start_time;
             self.meet(Instance::Is(instance.into()));
         }
+        let (has_others, others_wait) = self.positions.others(index);
         let group = self.positions.group(index);
+        let leaving = self.leaving.as_ref().filter(|_| has_others || rules.len() > 1);
+        let is_wanted = others_wait || page.pending.is_some_and(|pending| pending > 0);
         let to = Addressee {
             db: &self.db,
             instance_start_time: self.instance_start_time.as_deref().unwrap_or_default(),
@@ -292,9 +340,10 @@ impl Listener {
             delivered: &group.delivered,
             probing: group.is_probing(),
             received,
+            leave: leaving.map(|leaving| Leave { more: &leaving.more, is_wanted, has_others }),
         };
         let means = Means { pool: &tools.webhooks, vault: &tools.vault, deliveries: &tools.deliveries };
-        let delivering = deliver(&means, to, &page.rows);
+        let delivering = deliver(&means, to, &page.rows, &mut self.late);
         tokio::pin!(delivering);
         match tokio::time::timeout(SLOW_PAGE, &mut delivering).await {
             Ok(delivered) => Ok(delivered),
@@ -313,8 +362,10 @@ impl Listener {
         failures: &BTreeMap<RuleId, RuleFailure>,
     ) {
         let now = SystemTime::now();
-        let until = |rule: Option<&RuleId>, retries| {
-            now + held_for(rule, failures, tools.backoff.delay(retries, fastrand::f64()), fastrand::f64())
+        let late = outcome.late.clone();
+        let until = |rule: Option<&RuleId>, retries| match rule.is_some_and(|rule| late.contains(rule)) {
+            true => now + LATE_LOOKED_AT_AFTER,
+            false => now + held_for(rule, failures, tools.backoff.delay(retries, fastrand::f64()), fastrand::f64()),
         };
         self.positions.page_done(index, outcome, until);
         let held = self.positions.held_rules();
@@ -378,6 +429,14 @@ impl Listener {
     }
 }
 
+/// Until when a rule may be held by what was there before the process, which is `uptime` old: rules may have been edited or
+/// enabled, and hosts come back, while nobody was there.
+fn held_at_most(doc: Option<&Value>, now: SystemTime, uptime: Duration) -> Option<SystemTime> {
+    let started = now.checked_sub(uptime)?;
+    let updated_at = humantime::parse_rfc3339(doc?["updated_at"].as_str()?).ok()?;
+    (uptime < JUST_STARTED && updated_at < started).then_some(started + HELD_AT_START)
+}
+
 /// Until when nothing is sent for any of these rules, where that is so: they are disabled, or their hosts are not asked.
 fn nothing_sent_until(tools: &Tools, rules: &[Arc<Rule>]) -> Option<SystemTime> {
     let now = tokio::time::Instant::now();
@@ -425,4 +484,29 @@ fn start_of(since: SinceOverride) -> Seq {
 
 fn revs(rules: &[Arc<Rule>]) -> BTreeMap<RuleId, String> {
     rules.iter().map(|rule| (rule.id.clone(), rule.rev.clone())).collect()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn only_what_was_held_before_the_start_is_looked_at_soon_after_it() {
+        let (now, uptime) = (SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000), Duration::from_secs(20));
+        let started = now - uptime;
+        let soon = Some(started + HELD_AT_START);
+        let cases = [
+            (json!({ "updated_at": timestamp(started - Duration::from_secs(1)) }), uptime, soon),
+            (json!({ "updated_at": timestamp(started + Duration::from_secs(1)) }), uptime, None),
+            (json!({ "updated_at": timestamp(started - Duration::from_secs(100)) }), JUST_STARTED, None),
+            (json!({ "updated_at": 7 }), uptime, None),
+            (json!({}), uptime, None),
+        ];
+        for (doc, uptime, expected) in cases {
+            assert_eq!(held_at_most(Some(&doc), now, uptime), expected, "{doc} {uptime:?}");
+        }
+        assert_eq!(held_at_most(None, now, uptime), None);
+    }
 }

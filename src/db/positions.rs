@@ -55,6 +55,8 @@ pub struct PageOutcome {
     pub pending: u64,
     /// For each rule that failed, the index of the first row that it did not get.
     pub failed: BTreeMap<RuleId, usize>,
+    /// Those of them whose deliveries are under way, which is no failure.
+    pub late: BTreeSet<RuleId>,
     /// A blocking rule failed at this row: nobody of the group got what comes after it.
     pub blocked_at: Option<usize>,
     /// Keys of what was delivered at or after the first failure.
@@ -137,6 +139,19 @@ impl Positions {
         for group in self.groups.iter_mut().filter(|group| group.rules.contains(rule)) {
             group.hold = None;
         }
+    }
+
+    /// What a rule waited for has come.
+    pub fn due_now(&mut self, rule: &RuleId, now: SystemTime) {
+        for hold in self.groups.iter_mut().filter(|group| group.rules.contains(rule)).filter_map(|group| group.hold.as_mut()) {
+            hold.until = now;
+        }
+    }
+
+    /// Whether rules that are not held stand elsewhere, and whether they have something to read.
+    pub fn others(&self, index: usize) -> (bool, bool) {
+        let others = || self.groups.iter().enumerate().filter(|(at, group)| *at != index && group.hold.is_none());
+        (others().next().is_some(), others().any(|(_, group)| group.at_end.is_none() && group.budget != Some(0)))
     }
 
     /// The group waits on: what it waits for is known to be as it was, without a try.
@@ -232,10 +247,11 @@ impl Positions {
             self.groups[index].rules.remove(rule);
             // A rule that got on is failing anew, not still.
             let retries = if *first == 0 { retries } else { 0 };
+            let failures = u32::from(!page.late.contains(rule));
             let mut delivered = page.delivered.clone();
             delivered.extend(self.groups[index].delivered.iter().copied());
             split.push(Group {
-                hold: Some(Hold { until: backoff(Some(rule), retries), retries: retries.saturating_add(1) }),
+                hold: Some(Hold { until: backoff(Some(rule), retries), retries: retries.saturating_add(failures) }),
                 delivered,
                 placed: self.reads,
                 ..Group::at(BTreeSet::from([rule.clone()]), since_before(*first))

@@ -21,5 +21,6 @@ mod regions;
 mod replicate;
 mod secrets;
 mod shutdown;
+mod slow;
 mod states;
 mod support;
