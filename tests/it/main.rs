@@ -13,6 +13,7 @@ mod deliveries_cli;
 mod faults;
 mod feedback;
 mod first_sweep;
+mod import_replicator;
 mod kill;
 mod lost_rows;
 mod main_job;
