@@ -18,6 +18,7 @@ mod kill;
 mod lost_rows;
 mod main_job;
 mod malformed;
+mod original_bugs;
 mod regions;
 mod replicate;
 mod secrets;
