@@ -12,7 +12,7 @@ use super::{Exit, Failure, couch, run, say, vault};
 use crate::config::Settings;
 use crate::couch::{Couch, CouchError, WriteResult};
 use crate::replicate::native::parameters::Local;
-use crate::vault::redact_text;
+use crate::vault::{Vault, redact_text};
 use clap::Args;
 use clap::builder::NonEmptyStringValueParser;
 use job::{Plan, Planned, WayBack, address, id_of, is_same_work, job_of, replicator_of};
@@ -47,6 +47,7 @@ struct Way<'a> {
     from: &'a str,
     to: &'a str,
     local: Local,
+    vault: &'a Vault,
     back: Option<WayBack<'a>>,
     apply: bool,
 }
@@ -84,7 +85,7 @@ pub(super) async fn command(settings: &Settings, options: Options) -> Result<Exi
     let (spiegel, jobs) = (settings.db_name.as_str(), options.replicator_db.as_str());
     let (from, to) = if options.back { (spiegel, jobs) } else { (jobs, spiegel) };
     let local = Local { url: couch.settings().url.clone(), credentials: couch.settings().credentials.clone() };
-    let way = Way { couch: &couch, from, to, local, back, apply: options.apply };
+    let way = Way { couch: &couch, from, to, local, vault: &vault, back, apply: options.apply };
     let mut report = Report::new(&way, options.limit);
     let mut after = None;
     loop {
@@ -118,7 +119,7 @@ impl Way<'_> {
     fn plan_of(&self, doc: &Value) -> Planned {
         match &self.back {
             Some(back) => job_of(doc, back),
-            None => replicator_of(doc, &self.local),
+            None => replicator_of(doc, &self.local, self.vault),
         }
     }
 

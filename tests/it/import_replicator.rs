@@ -13,6 +13,7 @@ tests_on! {
     every: [
         without_apply_nothing_is_changed,
         continuous_jobs_become_replicators_that_run,
+        no_job_gains_rights,
         replicators_become_jobs_again,
         what_was_begun_is_finished_and_what_differs_is_left,
         a_missing_database_is_said,
@@ -76,9 +77,9 @@ async fn continuous_jobs_become_replicators_that_run(lab: Arc<Lab>) {
     let jobs = jobs_db(&lab).await;
     let (source, target) = (lab.create("source").await, lab.create("target").await);
     lab.couch.put(&source, "x", json!({})).await;
+    let url = |db: &str| format!("{}/{}", lab.couch.url(), encode(db));
     let job = json!({
-        "_id": "copy", "source": lab.couch.url_for_user(&source), "target": lab.couch.url_for_user(&target), "continuous": true,
-        "owner": "admin", "worker_batch_size": 50,
+        "_id": "copy", "source": url(&source), "target": url(&target), "continuous": true, "owner": "admin", "worker_batch_size": 50,
     });
     let once = json!({ "_id": "once", "source": "http://h/a", "target": "http://h/b" });
     lab.couch.bulk(&jobs, vec![job, once]).await;
@@ -89,8 +90,7 @@ async fn continuous_jobs_become_replicators_that_run(lab: Arc<Lab>) {
     let mut written = lab.couch.get(&lab.spiegel_db(), "copy").await.unwrap();
     written.as_object_mut().unwrap().remove("_rev");
     let expected = json!({
-        "_id": "copy", "type": "replicator", "source": lab.couch.url_for_user(&source), "target": lab.couch.url_for_user(&target),
-        "worker_batch_size": 50,
+        "_id": "copy", "type": "replicator", "source": url(&source), "target": url(&target), "worker_batch_size": 50,
     });
     assert_eq!(written, expected);
     let (code, text) = import(&lab, &["--apply"]).await;
@@ -99,9 +99,23 @@ async fn continuous_jobs_become_replicators_that_run(lab: Arc<Lab>) {
     eventually(SOON * 2, "it runs at once", async || lab.couch.get(&target, "x").await).await;
 }
 
+/// Whoever could write a job need not be who may read the passwords file.
+async fn no_job_gains_rights(lab: Arc<Lab>) {
+    let jobs = jobs_db(&lab).await;
+    let private = lab.create("private").await;
+    let to_all = |id: &str, source: &str| json!({ "_id": id, "source": source, "target": "http://h/all", "continuous": true });
+    let by_user = lab.couch.url_for_user(&private);
+    let guessed = by_user.replace('@', ":guessed@");
+    let docs = vec![to_all("by_name", &private), to_all("by_user", &by_user), to_all("guessed", &guessed)];
+    lab.couch.bulk(&jobs, docs).await;
+    let (code, text) = import(&lab, &["--apply"]).await;
+    assert!(code == 1 && text.contains("jobs: 0 carried as replicators, 3 left"), "{text}");
+    assert!(text.contains("by a name alone") && text.contains("the passwords file"), "{text}");
+    assert!(ids(&lab, &lab.spiegel_db()).await.is_empty());
+}
+
 async fn replicators_become_jobs_again(lab: Arc<Lab>) {
     let jobs = jobs_db(&lab).await;
-    let user_of = |db: &str| lab.couch.url_for_user(db);
     lab.replicator("by_vault", "a", "b", json!({ "dirty": false, "priority": 3 })).await;
     lab.spiegel_doc("plain", json!({ "type": "replicator", "source": "http://h/a", "target": "http://h/b", "filter": "d/f" }))
         .await;
@@ -118,7 +132,10 @@ async fn replicators_become_jobs_again(lab: Arc<Lab>) {
     assert_eq!((&plain["continuous"], &plain["filter"], &plain["type"]), (&json!(true), &json!("d/f"), &Value::Null));
     let job = lab.couch.get(&jobs, "by_vault").await.unwrap();
     let auth = json!({ "basic": { "username": lab.couch.user, "password": lab.couch.password } });
-    assert_eq!(job["source"], json!({ "url": user_of("a").replace(&format!("{}@", lab.couch.user), ""), "auth": auth }));
+    assert_eq!(
+        job["source"],
+        json!({ "url": lab.couch.url_for_user("a").replace(&format!("{}@", lab.couch.user), ""), "auth": auth })
+    );
     assert!(job["priority"].is_null() && job["dirty"].is_null(), "{job}");
 }
 

@@ -1,12 +1,12 @@
 //! A continuous job of `_replicator` ▶ our `replicator` document, and back (pure).
 //!
 //! Both sides are carried as they were written, a password in them too: the two databases are for admins alone, and a job that
-//! lost its password would only fail. Nothing here is printed but ids, addresses without passwords, and the names of fields.
+//! lost its password would only fail. But anybody may have written a job: one that would gain rights here is not carried. Nothing here is printed but ids, addresses without passwords, and the names of fields.
 
-use crate::couch::CouchSettings;
+use crate::couch::{CouchSettings, encode_segment};
 use crate::replicate::native::parameters::{Local, NotNative, Parameters};
 use crate::topology::replicator::Replicator;
-use crate::vault::{Credentials, Vault, redact_text};
+use crate::vault::{Credentials, Vault, redact_text, split_credentials};
 use secrecy::ExposeSecret;
 use serde_json::{Map, Value, json};
 use url::Url;
@@ -87,7 +87,7 @@ impl Planned {
 }
 
 /// A `replicator` of a job, with its id. It is new, and so runs once at the start.
-pub(super) fn replicator_of(job: &Value, local: &Local) -> Planned {
+pub(super) fn replicator_of(job: &Value, local: &Local, vault: &Vault) -> Planned {
     let Value::Object(fields) = job else { return Planned::refuse("is no object") };
     let id = id_of(job);
     match fields.get("continuous") {
@@ -102,6 +102,9 @@ pub(super) fn replicator_of(job: &Value, local: &Local) -> Planned {
     }
     if !is_admins(fields.get("user_ctx")) {
         return Planned::refuse("user_ctx: it runs with the rights of a user, and a replicator cannot");
+    }
+    if let Some(why) = gains_rights(fields, vault) {
+        return Planned::refuse(why);
     }
     let mut replicator = carried(fields, &[&OF_THE_JOB, &OF_SPIEGEL]);
     let mut notes = notes_of(fields);
@@ -126,6 +129,27 @@ pub(super) fn replicator_of(job: &Value, local: &Local) -> Planned {
         notes.push(String::from("the job had failed"));
     }
     Planned { plan: Plan::Carry(replicator), notes }
+}
+
+/// A replicator logs in where a job did not: with the passwords file, and as Spiegel where there is only a name.
+fn gains_rights(fields: &Map<String, Value>, vault: &Vault) -> Option<String> {
+    ["source", "target"].into_iter().find_map(|side| {
+        let text = text_of(fields.get(side)?);
+        let is_of_an_admin = fields.get("user_ctx").is_some_and(|user_ctx| !user_ctx.is_null());
+        if !text.is_empty() && !text.contains("://") && !is_of_an_admin {
+            return Some(format!("{side}: by a name alone it would have Spiegel's rights; a URL says whose"));
+        }
+        let login = login_of(vault, text)?;
+        Some(format!("{side}: the passwords file would log it in as {:?}, whose password is not in the job", login.1.user))
+    })
+}
+
+/// Where and as whom the passwords file logs a URL in, if that is not what the URL says itself.
+fn login_of(vault: &Vault, text: &str) -> Option<(Url, Credentials)> {
+    let (_, own) = split_credentials(Url::parse(text).ok()?);
+    let (url, login) = split_credentials(vault.inject(text).ok()?);
+    let (own, login) = (own?, login?);
+    (own.password.expose_secret() != login.password.expose_secret()).then_some((url, login))
 }
 
 /// Who goes back and what may be written there.
@@ -169,25 +193,20 @@ pub(super) fn job_of(replicator: &Value, way: &WayBack<'_>) -> Planned {
 impl WayBack<'_> {
     /// `_replicator` reads no passwords file and knows no bare names: what the side must become, if anything.
     fn side(&self, side: &Value) -> Result<Option<Value>, &'static str> {
-        let text = side.as_str().or_else(|| side["url"].as_str()).unwrap_or_default();
+        let text = text_of(side);
         let (url, credentials) = match text.contains("://") {
-            false => (
-                self.couchdb.url.join(&crate::couch::encode_segment(text)).map_err(|_| "is no name")?,
-                self.couchdb.credentials.clone(),
-            ),
-            true => {
-                let url = Url::parse(text).map_err(|_| "is not a URL")?;
-                if has_secret(side) {
-                    return Ok(None);
-                }
-                match self.of_the_vault(&url) {
-                    Some(credentials) => (url, Some(credentials)),
-                    None => return Ok(None),
-                }
+            false => {
+                let url = self.couchdb.url.join(&encode_segment(text)).map_err(|_| "is no name")?;
+                (url, self.couchdb.credentials.clone())
             }
+            true if logs_in_itself(side) => return Ok(None),
+            true => match login_of(self.vault, text) {
+                Some((url, login)) => (url, Some(login)),
+                None => return Ok(None),
+            },
         };
         let mut object = side.as_object().cloned().unwrap_or_default();
-        object.insert(String::from("url"), Value::from(without_user(url).as_str()));
+        object.insert(String::from("url"), Value::from(url.as_str()));
         if let Some(Credentials { user, password }) = credentials {
             if !self.with_passwords {
                 return Err("its password is not in the document, and _replicator needs it there: --with-passwords writes it");
@@ -196,18 +215,6 @@ impl WayBack<'_> {
         }
         Ok(Some(Value::Object(object)))
     }
-
-    /// Who the passwords file says that a run logs in as.
-    fn of_the_vault(&self, url: &Url) -> Option<Credentials> {
-        let (bare, written) = crate::vault::split_credentials(url.clone());
-        let user = written?.user;
-        let password = self.vault.credentials(bare.host_str()?, &user)?.clone();
-        Some(Credentials { user, password })
-    }
-}
-
-fn without_user(url: Url) -> Url {
-    crate::vault::split_credentials(url).0
 }
 
 /// Whether two documents ask for the same work, whatever else is in them.
@@ -253,12 +260,18 @@ fn notes_of(fields: &Map<String, Value>) -> Vec<String> {
 }
 
 fn has_secret(side: &Value) -> bool {
-    let in_url = |text: &str| Url::parse(text).is_ok_and(|url| url.password().is_some());
-    let text = side.as_str().or_else(|| side["url"].as_str()).unwrap_or_default();
-    let headers = side["headers"].as_object().into_iter().flatten();
-    let in_headers =
-        headers.map(|(name, _)| name).any(|name| ["authorization", "cookie"].contains(&name.to_ascii_lowercase().as_str()));
-    in_url(text) || !side["auth"].is_null() || in_headers
+    logs_in_itself(side) || Url::parse(text_of(side)).is_ok_and(|url| url.password().is_some())
+}
+
+/// By what stands beside the URL, which wins.
+fn logs_in_itself(side: &Value) -> bool {
+    let is_login = |name: &String| ["authorization", "cookie"].contains(&name.to_ascii_lowercase().as_str());
+    !side["auth"].is_null() || side["headers"].as_object().is_some_and(|headers| headers.keys().any(is_login))
+}
+
+/// The URL or the name.
+fn text_of(side: &Value) -> &str {
+    side.as_str().or_else(|| side["url"].as_str()).unwrap_or_default()
 }
 
 /// Without one, or with an admin's, a job may do what Spiegel may.
@@ -289,7 +302,8 @@ mod tests {
     fn imported(fields: Value) -> Planned {
         let mut job = json!({ "_id": "j", "_rev": "1-a", "source": "http://h/a", "target": "http://h/b", "continuous": true });
         merge(&mut job, fields);
-        replicator_of(&job, &Local { url: settings().url, credentials: settings().credentials })
+        let vault = Vault::from_json(r#"{ "h": { "api": "s3cret" } }"#).unwrap();
+        replicator_of(&job, &Local { url: settings().url, credentials: settings().credentials }, &vault)
     }
 
     fn back(fields: Value, with_passwords: bool) -> Planned {
@@ -330,7 +344,8 @@ mod tests {
                 json!({ "source": { "url": "http://h/a", "auth": { "basic": { "username": "u", "password": "s3cret" } } } }),
             ),
             (json!({ "target": "http://u:s3cret@h/b" }), json!({ "target": "http://u:s3cret@h/b" })),
-            (json!({ "source": "local_name" }), json!({ "source": "local_name" })),
+            (json!({ "source": "local_name", "user_ctx": { "roles": ["_admin"] } }), json!({ "source": "local_name" })),
+            (json!({ "target": "http://api:s3cr%65t@h/b" }), json!({ "target": "http://api:s3cr%65t@h/b" })),
         ] {
             let mut wanted = json!({ "_id": "j", "type": "replicator", "source": "http://h/a", "target": "http://h/b" });
             merge(&mut wanted, expected);
@@ -353,6 +368,10 @@ mod tests {
             (json!({ "target": { "url": 7 } }), "target"),
             (json!({ "source": "http://u:s3cret@h" }), "source"),
             (json!({ "create_target": "yes" }), "create_target"),
+            (json!({ "source": "private" }), "source: by a name alone"),
+            (json!({ "target": { "url": "private" }, "user_ctx": null }), "target: by a name alone"),
+            (json!({ "source": "http://api@h/private" }), "source: the passwords file"),
+            (json!({ "target": { "url": "http://api:guessed@h/private" } }), "target: the passwords file"),
         ] {
             let Plan::Refuse(why) = imported(fields.clone()).plan else { panic!("{fields}") };
             assert!(why.contains(reason) && !why.contains("s3cret"), "{fields}: {why}");
@@ -398,7 +417,8 @@ mod tests {
             assert_eq!(carries(&planned)["source"], expected, "{side}");
             assert_eq!(planned.notes[0], "source: the password is written into the job");
         }
-        for side in [json!("http://api:own@h/a"), json!("http://other@h/a"), json!("http://h/a")] {
+        let own = json!({ "url": "http://api@h/a", "auth": auth("me") });
+        for side in [json!("http://api:s3cret@h/a"), json!("http://other@h/a"), json!("http://h/a"), own] {
             assert_eq!(carries(&back(json!({ "source": side }), false))["source"], side);
         }
         assert_eq!(back(json!({ "type": "on_change" }), true).plan, Plan::Pass(NO_REPLICATOR));
@@ -428,7 +448,7 @@ mod tests {
             if let Some(create) = create {
                 job["create_target"] = json!(create);
             }
-            let there = replicator_of(&job, &Local { url: settings().url, credentials: None });
+            let there = replicator_of(&job, &Local { url: settings().url, credentials: None }, &Vault::empty());
             let vault = Vault::empty();
             let again = job_of(carries(&there), &WayBack { couchdb: &settings(), vault: &vault, with_passwords: false });
             prop_assert!(is_same_work(carries(&again), &job));
