@@ -1,8 +1,8 @@
 //! The command line: one file a subcommand.
 //!
-//! Exit codes: 0 done, 1 no (`healthcheck`: not ready, `rules test`: nothing to send, `deliveries`: what was named is not there),
-//! 64 usage, 65 a file that a command was given cannot be used, 69 CouchDB unreachable at a one-shot command, 70 internal, 78 bad
-//! config. `run` waits for a CouchDB that does not answer instead of leaving.
+//! Exit codes: 0 done, 1 no (`healthcheck`: not ready, `rules test`: nothing to send, `deliveries`: what was named is not there,
+//! `import-replicator`: something was left that a person must look at), 64 usage, 65 a file that a command was given cannot be used,
+//! 69 CouchDB unreachable at a one-shot command, 70 internal, 78 bad config. `run` waits for a CouchDB that does not answer instead of leaving.
 
 mod check;
 mod deliveries;
@@ -13,6 +13,7 @@ mod design;
 mod dev;
 mod documents;
 mod healthcheck;
+mod import_replicator;
 mod install;
 mod rules;
 mod run;
@@ -80,6 +81,8 @@ pub enum Command {
     /// Deliveries that failed: look at them, have them tried again, drop them
     #[command(subcommand)]
     Deliveries(deliveries::Command),
+    /// Turn the continuous jobs of `_replicator` into replicators, or back; shows what it would do until --apply is given
+    ImportReplicator(import_replicator::Options),
     /// Print the version
     Version,
     /// Ask the running process whether it is alive: exit code 0 or 1 (for containers)
@@ -242,6 +245,7 @@ async fn one(command: Command, loaded: Loaded) -> Result<Exit, Failure> {
         Command::Rules(RulesCommand::Enable { id }) => deliveries::enable_rule(&settings, &id).await,
         Command::Status { all } => status::command(&settings, all).await,
         Command::Deliveries(command) => deliveries::command(&settings, command).await,
+        Command::ImportReplicator(options) => import_replicator::command(&settings, options).await,
         Command::Healthcheck { ready } => healthcheck::command(&settings, ready).await,
         #[cfg(feature = "dev")]
         Command::Dev(options) => dev::dev(options).await,

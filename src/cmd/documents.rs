@@ -119,7 +119,7 @@ pub(super) async fn each_page_of_documents(couch: &Couch, db: &str, mut look: im
 }
 
 /// Documents behind `after`, and the last id where more may follow.
-async fn page(couch: &Couch, db: &str, after: Option<&str>) -> Result<(Vec<Value>, Option<String>), CouchError> {
+pub(super) async fn page(couch: &Couch, db: &str, after: Option<&str>) -> Result<(Vec<Value>, Option<String>), CouchError> {
     #[derive(Deserialize)]
     struct Row {
         id: String,
