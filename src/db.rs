@@ -429,7 +429,7 @@ impl State {
     }
 
     fn listens(&self) -> bool {
-        !self.arguments.shared.snapshot.borrow().rules_of(&self.arguments.db).is_empty()
+        self.arguments.shared.snapshot.borrow().has_rules_of(&self.arguments.db)
     }
 
     fn is_busy(&self) -> bool {

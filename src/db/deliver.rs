@@ -10,6 +10,7 @@ use crate::deliveries::{Deliveries, Owed};
 use crate::job::{DbName, Failed, Outcome, Verdict};
 use crate::rules::document::Document;
 use crate::rules::handling::{OnFailure, Order};
+use crate::rules::matching::Chosen;
 use crate::rules::rule::Rule;
 use crate::schedule::Pool;
 use crate::vault::Vault;
@@ -33,7 +34,7 @@ pub struct Means<'a> {
 pub struct Addressee<'a> {
     pub db: &'a DbName,
     pub instance_start_time: &'a str,
-    pub rules: &'a [Arc<Rule>],
+    pub rules: &'a Chosen,
     /// Deliveries that succeeded in an earlier try of the same rows.
     pub delivered: &'a HashSet<u64>,
     /// The rules failed the last time: one delivery goes ahead of the others.
@@ -98,7 +99,7 @@ pub async fn deliver(means: &Means<'_>, to: Addressee<'_>, rows: &[Row]) -> Deli
         failures: BTreeMap::new(),
         parking: Vec::new(),
     };
-    let disabled: Vec<bool> = to.rules.iter().map(|rule| means.deliveries.is_disabled(rule)).collect();
+    let disabled: Vec<bool> = to.rules.rules().iter().map(|rule| means.deliveries.is_disabled(rule)).collect();
     let mut waiting: Vec<Pending> = Vec::new();
     let mut lines: BTreeMap<RuleId, (Arc<Rule>, Line)> = BTreeMap::new();
     let mut unsent: Vec<(Arc<Delivery>, oneshot::Sender<Outcome>)> = Vec::new();
@@ -108,7 +109,7 @@ pub async fn deliver(means: &Means<'_>, to: Addressee<'_>, rows: &[Row]) -> Deli
     for (index, row) in rows.iter().enumerate() {
         let doc = Document::of(row);
         let mut blocking = Vec::new();
-        let matching = to.rules.iter().zip(&disabled).filter(|(rule, _)| rule.matches(&doc));
+        let matching = to.rules.matching(&doc).into_iter().filter_map(|at| to.rules.rules().get(at).zip(disabled.get(at)));
         for (rule, is_disabled) in matching {
             let key = delivery_key(&rule.id, row);
             if to.delivered.contains(&key) {
@@ -242,7 +243,7 @@ impl Sheet<'_> {
 
     /// Every other rule of a group that was probing waits with the one that failed.
     fn give_up_rest(&mut self, row: usize) {
-        for rule in self.to.rules {
+        for rule in self.to.rules.rules() {
             self.failed.entry(rule.id.clone()).or_insert(row);
         }
     }

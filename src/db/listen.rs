@@ -13,6 +13,7 @@ use crate::db::positions::{Positions, RuleId, RuleStart};
 use crate::db::rule_health::RuleHealth;
 use crate::deliveries::Deliveries;
 use crate::job::{DbName, timestamp};
+use crate::rules::matching::{Chosen, RuleSet};
 use crate::rules::rule::{Rule, SinceOverride};
 use crate::schedule::Pool;
 use crate::schedule::backoff::Backoff;
@@ -173,7 +174,7 @@ impl Listener {
 
     /// Reads, delivers and saves until everything that was there at the first read is through, or held back. `seen` is what the
     /// database looked like before that, where somebody knows.
-    pub async fn listen(&mut self, tools: &Tools, rules: &[Arc<Rule>], seen: Option<Fingerprint>) -> Result<(), ListenError> {
+    pub async fn listen(&mut self, tools: &Tools, rules: &Arc<RuleSet>, seen: Option<Fingerprint>) -> Result<(), ListenError> {
         self.seen = seen;
         tools.deliveries.loaded().await;
         self.sync(tools, rules);
@@ -182,9 +183,10 @@ impl Listener {
         let mut prefetched: Option<Prefetched> = None;
         while let Some(index) = self.positions.next_read(SystemTime::now()) {
             let group = self.positions.group(index);
-            let group_rules: Vec<Arc<Rule>> = rules.iter().filter(|rule| group.rules.contains(&rule.id)).cloned().collect();
+            let chosen = rules.choose(|rule| group.rules.contains(&rule.id));
+            let group_rules = chosen.rules();
             if group.hold.is_some()
-                && let Some(until) = nothing_sent_until(tools, &group_rules)
+                && let Some(until) = nothing_sent_until(tools, group_rules)
             {
                 // Reading the page would only show again what cannot be sent.
                 self.positions.hold_on(index, until);
@@ -222,7 +224,7 @@ impl Listener {
             }
             let started = Instant::now();
             let Delivered { page: mut outcome, failures } =
-                self.deliver(tools, index, &group_rules, (&page, received), permit).await?;
+                self.deliver(tools, index, &chosen, (&page, received), permit).await?;
             if started.elapsed() >= SLOW_PAGE {
                 // The receiver is the slow one: a page in memory would only wait for it.
                 prefetched = None;
@@ -273,7 +275,7 @@ impl Listener {
         &mut self,
         tools: &Tools,
         index: usize,
-        rules: &[Arc<Rule>],
+        rules: &Chosen,
         (page, received): (&Changes, Instant),
         permit: Option<tokio::sync::OwnedSemaphorePermit>,
     ) -> Result<Delivered, ListenError> {
