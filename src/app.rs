@@ -7,6 +7,7 @@ pub mod couch_health;
 mod operations;
 pub mod restart;
 mod status;
+mod stop;
 #[cfg(all(test, feature = "dev"))]
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 mod tests;
@@ -43,6 +44,7 @@ use restart::{Child, Decision, Restarts, to_rebuild};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use stop::Stopping;
 use tokio::sync::{Semaphore, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -135,6 +137,8 @@ impl Actor for Supervisor {
                     topology: state.built.topology.clone(),
                     ledger: state.world.ledger.clone(),
                     native: state.world.native.clone(),
+                    webhooks: state.built.webhooks.clone(),
+                    deliveries: state.deliveries().ok(),
                     deadline: state.world.settings.shutdown_deadline,
                 };
                 tokio::spawn(async move {
@@ -423,58 +427,6 @@ fn needed<T: Clone>(handle: &Option<T>) -> Result<T, ActorProcessingErr> {
 fn local_host(couch: &Couch) -> String {
     let url = &couch.settings().url;
     format!("{}:{}", url.host_str().unwrap_or_default(), url.port_or_known_default().unwrap_or_default())
-}
-
-/// The end: stop the feed ▶ no new jobs ▶ wait, with a deadline ▶ spill ▶ watermark.
-struct Stopping {
-    feed: Option<ActorRef<feed::Message>>,
-    directory: Option<ActorRef<directory::Message>>,
-    topology: Option<ActorRef<topology::Message>>,
-    ledger: Arc<Ledger>,
-    native: Arc<NativeEngine>,
-    deadline: Duration,
-}
-
-/// Of the deadline, what runs now may take half, the spill and the watermark a quarter each.
-impl Stopping {
-    async fn run(self) {
-        let Self { feed: Some(feed), directory: Some(directory), topology: Some(topology), ledger, native, deadline } = self
-        else {
-            return;
-        };
-        let _ = feed.cast(feed::Message::Stop);
-        let _ = directory.cast(directory::Message::Stop);
-        let _ = tokio::time::timeout(deadline / 2, ledger.room(1)).await;
-
-        // Where a side was replaced meanwhile, its replicator runs again, and what runs is written down.
-        for id in tokio::time::timeout(deadline / 4, native.flush()).await.unwrap_or_default() {
-            let _ = topology.cast(topology::Message::RunAgain { id });
-        }
-        let mut spilled = Vec::new();
-        let owing = ledger.cursor().owing();
-        for db in owing {
-            let (done, told) = oneshot::channel();
-            let _ = directory.cast(directory::Message::Spill { db, done: Some(done) });
-            spilled.push(told);
-        }
-        let (done, told) = oneshot::channel();
-        let _ = topology.cast(topology::Message::Shutdown { done });
-        spilled.push(told);
-        let all_spilled = async {
-            for told in spilled {
-                let _ = told.await;
-            }
-        };
-        if tokio::time::timeout(deadline / 4, all_spilled).await.is_err() {
-            tracing::warn!(
-                databases = ledger.cursor().len(),
-                "not everything could be made durable in time; the feed will tell of it again"
-            );
-        }
-        let (done, told) = oneshot::channel();
-        let _ = feed.cast(feed::Message::SaveFinally { done });
-        let _ = tokio::time::timeout(deadline / 4, told).await;
-    }
 }
 
 /// The app before its start: it is alive, and says why it is not ready, while somebody still waits for CouchDB.

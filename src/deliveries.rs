@@ -41,6 +41,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::{Notify, watch};
 use tokio_util::task::AbortOnDropHandle;
+use tokio_util::sync::CancellationToken;
 
 #[derive(Debug, Clone)]
 pub struct Settings {
@@ -64,6 +65,8 @@ pub struct Book {
     changed: Notify,
     loaded: Notify,
 }
+    /// The end is near: no try is begun any more.
+    stopping: CancellationToken,
 
 impl Book {
     /// Held for moments, and never across an await.
@@ -96,6 +99,9 @@ pub struct Deliveries {
     /// Of the deliveries database.
     store: Checkpoints,
     settings: Arc<Settings>,
+/// At the end only, when nobody may be left to tell.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+
 }
 
 impl Deliveries {
@@ -124,6 +130,18 @@ impl Deliveries {
     /// Grows when a rule that was disabled is enabled again.
     pub fn times_enabled(&self, rule: &str) -> u64 {
         self.book.index().times_enabled(rule)
+    /// What is under way goes on, and nothing is tried any more.
+    pub fn stop_trying(&self) {
+        self.book.stopping.cancel();
+    }
+
+    /// Waits until no try is under way, and so no delivery claimed.
+    pub async fn tries_ended(&self) {
+        while self.book.index().is_any_in_flight() {
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    }
+
     }
 }
 

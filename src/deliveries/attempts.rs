@@ -75,8 +75,13 @@ pub(super) async fn run(arguments: Arguments) {
     let mut tidy = tokio::time::interval(tidy_every);
     tidy.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
-        let wait = tries.start_due(&mut under_way, &mut keys_of, &known);
+        let is_stopping = deliveries.book.stopping.is_cancelled();
+        let wait = match is_stopping {
+            true => TIDY_EVERY,
+            false => tries.start_due(&mut under_way, &mut keys_of, &known),
+        };
         tokio::select! {
+            () = deliveries.book.stopping.cancelled(), if !is_stopping => {}
             () = deliveries.book.changed.notified() => {}
             () = tokio::time::sleep(wait) => {}
             Some(ended) = under_way.join_next_with_id() => {
@@ -301,6 +306,8 @@ impl Tries {
                 self.failed(parked, &rule, &failed).await;
             }
             Ok(Outcome::Unsent { after, .. }) => self.unclaim(parked, after.mul_f64(1.0 + 0.2 * fastrand::f64())).await,
+            // The request was cut off by our own end: whoever comes next makes it again at once.
+            Err(_) if self.deliveries().book.stopping.is_cancelled() => self.unclaim(parked, Duration::ZERO).await,
             Ok(Outcome::Missing { .. }) | Err(_) => self.unclaim(parked, COUCHDB_FAILED).await,
         }
     }
@@ -341,7 +348,7 @@ impl Tries {
 
     async fn failed(&self, parked: Parked, rule: &Rule, failed: &Failed) {
         let patience = self.deliveries().settings.patience.of(&rule.handling.retry);
-        self.update(parked.key(), |parked| {
+        self.update_claimed(parked.key(), |parked| {
             parked.retries = parked.retries.saturating_add(1);
             let now = SystemTime::now();
             failed_again(parked, failed, now, |verdict, history| patience.next(verdict, history, now, fastrand::f64()));
@@ -351,7 +358,7 @@ impl Tries {
     }
 
     async fn unclaim(&self, parked: Parked, after: Duration) {
-        self.update(parked.key(), |parked| {
+        self.update_claimed(parked.key(), |parked| {
             parked.claimed_by = None;
             parked.next_attempt_at = Some(SystemTime::now() + after);
             true
@@ -368,13 +375,25 @@ impl Tries {
         tracing::debug!(rule = parked.rule, db = parked.db, reason, "a parked delivery was {}, it stays listed", state.name());
     }
 
-    /// Writes what a try came to, whoever wrote the document meanwhile; false from `change` deletes the document.
-    async fn update(&self, key: Key, mut change: impl FnMut(&mut Parked) -> bool) {
+    /// Writes what a try came to, unless somebody else claimed it meanwhile: then it is theirs to say.
+    async fn update_claimed(&self, key: Key, change: impl FnMut(&mut Parked) -> bool) {
+        let is_mine = |parked: &Parked| parked.claimed_by.as_deref().is_none_or(|by| *by == *self.arguments.process);
+        self.update_where(key, is_mine, change).await;
+    }
+
+    /// The same, whoever has it.
+    async fn update(&self, key: Key, change: impl FnMut(&mut Parked) -> bool) {
+        self.update_where(key, |_| true, change).await;
+    }
+
+    /// Whoever wrote the document meanwhile; false from `change` deletes it.
+    async fn update_where(&self, key: Key, is_to: impl Fn(&Parked) -> bool, mut change: impl FnMut(&mut Parked) -> bool) {
         let deliveries = self.deliveries();
         let mut latest: Option<Parked> = None;
         let id = key.doc_id();
         let updated = deliveries.store.update(&id, |doc| {
-            let Some(mut parked) = Parked::read(doc).filter(|parked| parked.state == State::Parked) else {
+            let parked = Parked::read(doc).filter(|parked| parked.state == State::Parked && is_to(parked));
+            let Some(mut parked) = parked else {
                 latest = None;
                 return false;
             };

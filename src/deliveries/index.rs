@@ -301,6 +301,10 @@ impl Index {
         }
     }
 
+    pub fn is_any_in_flight(&self) -> bool {
+        self.entries.values().any(|entry| entry.in_flight)
+    }
+
     pub fn next_due(&self) -> Option<SystemTime> {
         self.due.first().map(|(at, _)| *at)
     }
@@ -478,10 +482,6 @@ mod tests {
     }
 
     #[test]
-    fn the_first_and_the_last_of_a_rule_are_told() {
-        let mut index = Index::default();
-        assert!(index.put(&parked("r", "db", "a", 1)));
-    #[test]
     fn what_ended_takes_no_place_until_it_is_far_too_much() {
         let mut index = Index::default();
         let (rule, db): (Arc<str>, DbName) = ("r".into(), "db".into());
@@ -501,6 +501,10 @@ mod tests {
         assert_eq!(times(index.ended_before(at(7), BOUNDS.all, 2)), ["0", "1"]);
     }
 
+    #[test]
+    fn the_first_and_the_last_of_a_rule_are_told() {
+        let mut index = Index::default();
+        assert!(index.put(&parked("r", "db", "a", 1)));
         assert!(!index.put(&parked("r", "db", "b", 1)));
         assert!(!index.put(&parked("r", "db", "a", 2)), "the same one again");
         assert!(!index.forget(&Key::of("r", "db", "a")));
