@@ -73,6 +73,8 @@ pub struct World {
     started: Instant,
     /// The one that lives now, for whoever asks what the replicators are doing.
     topology: watch::Sender<Option<ActorRef<topology::Message>>>,
+    /// The same, for what it knows of hosts.
+    webhooks: watch::Sender<Option<Pool<HttpSender>>>,
     /// Keeps what it knows of checkpoints over a crash of the pool.
     native: Arc<NativeEngine>,
 }
@@ -135,10 +137,10 @@ impl Actor for Supervisor {
                     feed: state.built.feed.clone(),
                     directory: state.built.directory.clone(),
                     topology: state.built.topology.clone(),
-                    ledger: state.world.ledger.clone(),
-                    native: state.world.native.clone(),
                     webhooks: state.built.webhooks.clone(),
                     deliveries: state.deliveries().ok(),
+                    ledger: state.world.ledger.clone(),
+                    native: state.world.native.clone(),
                     deadline: state.world.settings.shutdown_deadline,
                 };
                 tokio::spawn(async move {
@@ -233,6 +235,7 @@ impl State {
             process,
             started,
             topology,
+            webhooks,
             native,
             ..
         } = self.world.as_ref();
@@ -282,6 +285,7 @@ impl State {
                 )
                 .await?;
                 let cell = pool.cell();
+                webhooks.send_replace(Some(pool.clone()));
                 self.built.webhooks = Some(pool);
                 cell
             }
@@ -480,6 +484,7 @@ impl App {
             process: format!("{:016x}", fastrand::u64(..)).into(),
             started: Instant::now(),
             topology: watch::channel(None).0,
+            webhooks: watch::channel(None).0,
             settings,
         });
         let admin_stop = CancellationToken::new();
