@@ -8,6 +8,7 @@ pub mod debounce;
 pub mod deliver;
 pub mod directory;
 pub mod durable;
+pub mod failing;
 pub mod known;
 pub mod listen;
 pub mod positions;

@@ -1,9 +1,10 @@
 //! One page of changes ▶ webhook deliveries ▶ what became of each.
 //!
 //! What fails by itself is parked, and counts as delivered once that is durable. Where a rule is to wait instead (`on_failure`,
-//! `order`, `block`), where its host is not asked for now, or where no more may be parked, the rule is held at its first row.
+//! `order`, `block`), and nobody said for how long, where its host is not asked for now, or where no more may be parked, the rule is held at its first row.
 
 use crate::couch::Row;
+use crate::db::failing::Failing;
 use crate::db::positions::{PageOutcome, RuleId};
 use crate::deliveries::index::Standing;
 use crate::deliveries::{Deliveries, Owed};
@@ -20,7 +21,7 @@ use futures_util::future::join_all;
 use std::collections::{BTreeMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::oneshot;
 
 /// With what a page is delivered.
@@ -37,6 +38,8 @@ pub struct Addressee<'a> {
     pub rules: &'a Chosen,
     /// Deliveries that succeeded in an earlier try of the same rows.
     pub delivered: &'a HashSet<u64>,
+    /// What the rules wait for, as far as they failed before.
+    pub failing: &'a Failing,
     /// The rules failed the last time: one delivery goes ahead of the others.
     pub probing: bool,
     /// When the page had been read.
@@ -62,6 +65,10 @@ pub enum Wait {
 pub struct Delivered {
     pub page: PageOutcome,
     pub failures: BTreeMap<RuleId, RuleFailure>,
+    /// Rows that failed, of rules that wait for them.
+    pub waited_for: Vec<(RuleId, usize)>,
+    /// Rows that such a rule does not wait for any more, because somebody said how long it may.
+    pub given_up: Vec<(RuleId, usize)>,
 }
 
 /// A rule that is disabled is looked at again after this, if nobody tells of its end before.
@@ -85,6 +92,8 @@ struct Sheet<'a> {
     failed: BTreeMap<RuleId, usize>,
     failures: BTreeMap<RuleId, RuleFailure>,
     parking: Vec<(usize, Arc<Rule>, u64, Option<Failed>)>,
+    waited_for: Vec<(RuleId, usize)>,
+    given_up: Vec<(RuleId, usize)>,
 }
 
 /// Delivers rows in order. Rules that do not block are sent together and awaited at the end; a blocking one is awaited before
@@ -98,6 +107,8 @@ pub async fn deliver(means: &Means<'_>, to: Addressee<'_>, rows: &[Row]) -> Deli
         failed: BTreeMap::new(),
         failures: BTreeMap::new(),
         parking: Vec::new(),
+        waited_for: Vec::new(),
+        given_up: Vec::new(),
     };
     let disabled: Vec<bool> = to.rules.rules().iter().map(|rule| means.deliveries.is_disabled(rule)).collect();
     let mut waiting: Vec<Pending> = Vec::new();
@@ -172,19 +183,28 @@ pub async fn deliver(means: &Means<'_>, to: Addressee<'_>, rows: &[Row]) -> Deli
     means.pool.submit(unsent);
     let in_line = lines.into_values().map(|(rule, line)| async move { (rule, send_in_line(means.pool, line).await) });
     let (in_line, _) = futures_util::future::join(join_all(in_line), sheet.settle(waiting)).await;
-    for (rule, outcomes) in in_line {
-        for (row, key, outcome) in outcomes {
-            sheet.ended(row, &rule, key, outcome).await;
+    for (rule, (mut outcomes, mut rest)) in in_line {
+        loop {
+            let mut goes_on = true;
+            for (row, key, outcome) in outcomes {
+                goes_on = sheet.ended(row, &rule, key, outcome).await;
+            }
+            if !goes_on || rest.is_empty() {
+                break;
+            }
+            // The one that failed was given up.
+            (outcomes, rest) = send_in_line(means.pool, rest).await;
         }
     }
     sheet.park().await;
     sheet.close(blocked_at)
 }
 
-/// One after the other, to the first that fails.
-async fn send_in_line(pool: &Pool<HttpSender>, line: Line) -> Vec<(usize, u64, Outcome)> {
+/// One after the other, to the first that fails; what comes after that is not sent.
+async fn send_in_line(pool: &Pool<HttpSender>, line: Line) -> (Vec<(usize, u64, Outcome)>, Line) {
     let mut outcomes = Vec::with_capacity(line.len());
-    for (row, key, delivery) in line {
+    let mut line = line.into_iter();
+    for (row, key, delivery) in line.by_ref() {
         let outcome = match delivery {
             Ok(delivery) => pool.run(delivery).await.unwrap_or_else(|_| lost()),
             Err(outcome) => outcome,
@@ -195,7 +215,7 @@ async fn send_in_line(pool: &Pool<HttpSender>, line: Line) -> Vec<(usize, u64, O
             break;
         }
     }
-    outcomes
+    (outcomes, line.collect())
 }
 
 impl Sheet<'_> {
@@ -218,7 +238,12 @@ impl Sheet<'_> {
                 return false;
             }
             Outcome::Failed(failed) if parks(rule) => self.parking.push((row, rule.clone(), key, Some(failed))),
+            Outcome::Failed(failed) if self.is_given_up(row, rule, &failed).await => {
+                self.given_up.push((rule.id.clone(), row));
+                self.delivered.push((row, key));
+            }
             Outcome::Failed(failed) => {
+                self.waited_for.push((rule.id.clone(), row));
                 let after = failed.after();
                 self.hold(row, rule, failed.error, Wait::Backoff { after });
                 return false;
@@ -233,6 +258,31 @@ impl Sheet<'_> {
             }
         }
         true
+    }
+
+    /// Whether a rule that waits has waited as long as somebody said, and it is written down that nobody is owed this any more.
+    async fn is_given_up(&self, row: usize, rule: &Arc<Rule>, failed: &Failed) -> bool {
+        let Some(row) = self.rows.get(row) else { return false };
+        let now = SystemTime::now();
+        let history = self.to.failing.history(&rule.id, (&row.id, row.rev()), now);
+        if !self.means.deliveries.gives_up(rule, failed.verdict, history, now) {
+            return false;
+        }
+        let owed = Owed { history: Some(history), ..self.owed(row, rule, Some(failed.clone())) };
+        self.means.deliveries.park(vec![owed]).await.first() == Some(&true)
+    }
+
+    fn owed(&self, row: &Row, rule: &Arc<Rule>, failed: Option<Failed>) -> Owed {
+        Owed {
+            rule: rule.clone(),
+            db: self.to.db.clone(),
+            instance_start_time: self.to.instance_start_time.into(),
+            doc_id: row.id.clone(),
+            rev: row.rev().to_string(),
+            seq: row.seq.clone(),
+            failed,
+            history: None,
+        }
     }
 
     fn hold(&mut self, row: usize, rule: &Arc<Rule>, error: String, wait: Wait) {
@@ -254,19 +304,8 @@ impl Sheet<'_> {
         if parking.is_empty() {
             return;
         }
-        let instance: Arc<str> = self.to.instance_start_time.into();
-        let owed = parking.iter().filter_map(|(row, rule, _, failed)| {
-            let row = self.rows.get(*row)?;
-            Some(Owed {
-                rule: rule.clone(),
-                db: self.to.db.clone(),
-                instance_start_time: instance.clone(),
-                doc_id: row.id.clone(),
-                rev: row.rev().to_string(),
-                seq: row.seq.clone(),
-                failed: failed.clone(),
-            })
-        });
+        let owed =
+            parking.iter().filter_map(|(row, rule, _, failed)| Some(self.owed(self.rows.get(*row)?, rule, failed.clone())));
         let durable = self.means.deliveries.park(owed.collect()).await;
         for ((row, rule, key, failed), durable) in parking.into_iter().zip(durable) {
             match durable {
@@ -293,7 +332,7 @@ impl Sheet<'_> {
             delivered,
             ..PageOutcome::default()
         };
-        Delivered { page, failures: self.failures }
+        Delivered { page, failures: self.failures, waited_for: self.waited_for, given_up: self.given_up }
     }
 }
 

@@ -8,6 +8,7 @@ use crate::couch::fingerprint::Fingerprint;
 use crate::couch::{Changes, ChangesQuery, Couch, CouchError, Seq, WriteResult};
 use crate::db::Instance;
 use crate::db::deliver::{Addressee, DISABLED_FOR, Delivered, Means, RuleFailure, Wait, deliver};
+use crate::db::failing::Failing;
 use crate::db::known;
 use crate::db::positions::{Positions, RuleId, RuleStart};
 use crate::db::rule_health::RuleHealth;
@@ -59,6 +60,7 @@ pub struct Listener {
     db: DbName,
     doc: Option<Value>,
     positions: Positions,
+    failing: Failing,
     rule_revs: BTreeMap<RuleId, String>,
     /// How often each was enabled again, as far as we have heard.
     times_enabled: BTreeMap<RuleId, u64>,
@@ -117,6 +119,7 @@ impl Listener {
         Ok(Self {
             id,
             db: db.clone(),
+            failing: Failing::load(doc.as_ref()),
             doc,
             positions,
             rule_revs: revs(rules),
@@ -158,6 +161,7 @@ impl Listener {
         for rule in rules {
             if self.rule_revs.insert(rule.id.clone(), rule.rev.clone()).is_some_and(|rev| rev != rule.rev) {
                 self.positions.lift_hold(&rule.id);
+                self.failing.forget(&rule.id);
             }
             let times = tools.deliveries.times_enabled(&rule.id);
             if times > self.times_enabled.insert(rule.id.clone(), times).unwrap_or(0) {
@@ -223,8 +227,18 @@ impl Listener {
                     Some(Prefetched { since: page.last_seq.clone(), include_docs, page: AbortOnDropHandle::new(reading) });
             }
             let started = Instant::now();
-            let Delivered { page: mut outcome, failures } =
-                self.deliver(tools, index, &chosen, (&page, received), permit).await?;
+            let delivered = self.deliver(tools, index, &chosen, (&page, received), permit).await?;
+            for (rule, row) in &delivered.waited_for {
+                if let Some(row) = page.rows.get(*row) {
+                    self.failing.failed(rule, (&row.id, row.rev()), SystemTime::now());
+                }
+            }
+            for (rule, row) in &delivered.given_up {
+                if let Some(row) = page.rows.get(*row) {
+                    self.failing.passed(rule, (&row.id, row.rev()));
+                }
+            }
+            let Delivered { page: mut outcome, failures, .. } = delivered;
             if started.elapsed() >= SLOW_PAGE {
                 // The receiver is the slow one: a page in memory would only wait for it.
                 prefetched = None;
@@ -292,6 +306,7 @@ impl Listener {
             instance_start_time: self.instance_start_time.as_deref().unwrap_or_default(),
             rules,
             delivered: &group.delivered,
+            failing: &self.failing,
             probing: group.is_probing(),
             received,
         };
@@ -320,6 +335,7 @@ impl Listener {
         };
         self.positions.page_done(index, outcome, until);
         let held = self.positions.held_rules();
+        self.failing.retain(|rule| held.contains(rule));
         for rule in self.rule_revs.keys() {
             match (held.contains(rule), failures.get(rule)) {
                 (true, Some(failure)) => tools.rule_health.failing(rule, &self.db, &failure.error),
@@ -360,6 +376,7 @@ impl Listener {
             _ => new_document(&self.id, &self.db),
         };
         self.positions.store(&mut doc);
+        self.failing.store(&mut doc);
         doc.insert(String::from("type"), Value::from("change_listener"));
         doc.insert(String::from("db_name"), Value::from(&*self.db));
         if settles_dirty || !doc.contains_key("dirty") {

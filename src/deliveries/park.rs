@@ -21,6 +21,8 @@ pub struct Owed {
     pub seq: Seq,
     /// How it failed; None for a newer change of what is parked already.
     pub failed: Option<Failed>,
+    /// How it failed until now, where its rule has waited for it.
+    pub history: Option<History>,
 }
 
 /// Many in a row mean that somebody writes the document in a loop.
@@ -41,6 +43,12 @@ impl Deliveries {
     /// For each, whether it is durable now; one that is not stays with whoever asked.
     pub async fn park(&self, owed: Vec<Owed>) -> Vec<bool> {
         join_all(owed.iter().map(|owed| self.park_one(owed))).await
+    }
+
+    /// Whether a change that failed like this is not tried again, as its rule or the settings say.
+    pub fn gives_up(&self, rule: &Rule, verdict: Verdict, history: History, now: SystemTime) -> bool {
+        let patience = self.settings.patience.of(&rule.handling.retry);
+        matches!(patience.next(verdict, history, now, 1.0), Next::Dead { .. })
     }
 
     async fn park_one(&self, owed: &Owed) -> bool {
@@ -144,8 +152,8 @@ fn merged(was: Option<Parked>, owed: &Owed, now: SystemTime, next: impl Fn(Verdi
             seq: Value::Null,
             instance_start_time: String::new(),
             attempts: 0,
-            retries: 0,
-            first_failed_at: now,
+            retries: owed.history.map_or(0, |history| history.retries),
+            first_failed_at: owed.history.map_or(now, |history| history.first_failed_at),
             last_attempt_at: None,
             next_attempt_at: Some(now),
             last_status: None,
@@ -219,6 +227,7 @@ mod tests {
             rev: rev.into(),
             seq: Seq::from("5-x"),
             failed,
+            history: None,
         }
     }
 
