@@ -37,11 +37,12 @@ use index::{Bounds, Index, Standing};
 use parked::Key;
 use patience::Patience;
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::{Notify, watch};
-use tokio_util::task::AbortOnDropHandle;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 
 #[derive(Debug, Clone)]
 pub struct Settings {
@@ -64,9 +65,11 @@ pub struct Book {
     /// Something may be due earlier than it was.
     changed: Notify,
     loaded: Notify,
-}
+    /// The database is somebody else's, and nothing is written there.
+    is_foreign: AtomicBool,
     /// The end is near: no try is begun any more.
     stopping: CancellationToken,
+}
 
 impl Book {
     /// Held for moments, and never across an await.
@@ -77,6 +80,10 @@ impl Book {
     fn set_loaded(&self) {
         self.index().set_loaded();
         self.loaded.notify_waiters();
+    }
+
+    fn is_foreign(&self) -> bool {
+        self.is_foreign.load(Ordering::Relaxed)
     }
 
     async fn wait_until_loaded(&self) {
@@ -92,6 +99,9 @@ impl Book {
     }
 }
 
+/// At the end only, when nobody may be left to tell.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+
 /// The handle that the stages use.
 #[derive(Clone)]
 pub struct Deliveries {
@@ -99,9 +109,6 @@ pub struct Deliveries {
     /// Of the deliveries database.
     store: Checkpoints,
     settings: Arc<Settings>,
-/// At the end only, when nobody may be left to tell.
-const LOOK_EVERY: Duration = Duration::from_millis(20);
-
 }
 
 impl Deliveries {
@@ -123,13 +130,6 @@ impl Deliveries {
         index.standing(&Key::of(rule, db, doc_id), rev, received)
     }
 
-    pub fn is_disabled(&self, rule: &Rule) -> bool {
-        self.book.index().is_disabled(&rule.id, &rule.rev)
-    }
-
-    /// Grows when a rule that was disabled is enabled again.
-    pub fn times_enabled(&self, rule: &str) -> u64 {
-        self.book.index().times_enabled(rule)
     /// What is under way goes on, and nothing is tried any more.
     pub fn stop_trying(&self) {
         self.book.stopping.cancel();
@@ -142,6 +142,13 @@ impl Deliveries {
         }
     }
 
+    pub fn is_disabled(&self, rule: &Rule) -> bool {
+        self.book.index().is_disabled(&rule.id, &rule.rev)
+    }
+
+    /// Grows when a rule that was disabled is enabled again.
+    pub fn times_enabled(&self, rule: &str) -> u64 {
+        self.book.index().times_enabled(rule)
     }
 }
 

@@ -53,7 +53,7 @@ impl Deliveries {
 
     async fn park_one(&self, owed: &Owed) -> bool {
         let key = Key::of(&owed.rule.id, &owed.db, &owed.doc_id);
-        if !self.book.index().reserve(&key, &owed.rule.id, &owed.db, self.settings.bounds) {
+        if self.book.is_foreign() || !self.book.index().reserve(&key, &owed.rule.id, &owed.db, self.settings.bounds) {
             return false;
         }
         let _place = Place(self, owed);
@@ -99,7 +99,7 @@ impl Deliveries {
 
     /// The receiver answered 410: nothing more is sent for this revision of the rule.
     pub async fn disable(&self, rule: &Rule, db: &DbName, error: &str) {
-        if self.is_disabled(rule) {
+        if self.is_disabled(rule) || self.book.is_foreign() {
             return;
         }
         let doc = Disabled::document(&rule.id, &rule.rev, db, error, SystemTime::now());
