@@ -240,7 +240,7 @@ impl Desk {
         }
     }
 
-    /// Whether it [holds only ours](holds_only_ours).
+    /// Whether it is not another's, so that its rights may be set and it may be removed.
     pub async fn is_ours(&self) -> Result<bool> {
         holds_only_ours(&self.couch, &self.db).await
     }
