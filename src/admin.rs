@@ -7,6 +7,7 @@
 mod browser;
 pub mod login;
 mod operations;
+mod places;
 
 pub use login::Login;
 pub use operations::{Order, Refusal, What};
@@ -17,27 +18,20 @@ use axum::extract::connect_info::Connected;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use axum::serve::{IncomingStream, Listener};
+use axum::serve::IncomingStream;
 use axum::{Json, Router, middleware};
 use futures_util::future::BoxFuture;
+use places::BoundedListener;
 use serde_json::{Value, json};
 use std::io;
 use std::net::SocketAddr;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-/// Probes, a scraper or two and a person: far below this. The rest waits in the kernel.
-const CONNECTIONS_MAX: usize = 256;
-/// A connection is closed after this long, idle or not: one that sends a byte a minute must not hold a place. Scrapers reconnect.
-const CONNECTION_AGE_MAX: Duration = Duration::from_secs(60);
 /// `/status` asks the actors; one that is stuck must not hold the answer for ever.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -75,7 +69,7 @@ pub struct Admin {
 pub async fn serve(listen: SocketAddr, pages: Pages, shutdown: CancellationToken) -> io::Result<Admin> {
     let listener = TcpListener::bind(listen).await?;
     let address = listener.local_addr()?;
-    let bounded = BoundedListener { listener, places: Arc::new(Semaphore::new(CONNECTIONS_MAX)) };
+    let bounded = BoundedListener::new(listener);
     let router = router(AdminState { pages, is_loopback: address.ip().is_loopback() });
     let task = tokio::spawn(async move {
         let service = router.into_make_service_with_connect_info::<Peer>();
@@ -143,71 +137,6 @@ struct Peer(SocketAddr);
 impl Connected<IncomingStream<'_, BoundedListener>> for Peer {
     fn connect_info(stream: IncomingStream<'_, BoundedListener>) -> Self {
         Peer(*stream.remote_addr())
-    }
-}
-
-struct BoundedListener {
-    listener: TcpListener,
-    places: Arc<Semaphore>,
-}
-
-impl Listener for BoundedListener {
-    type Io = BoundedStream;
-    type Addr = SocketAddr;
-
-    async fn accept(&mut self) -> (BoundedStream, SocketAddr) {
-        // The semaphore is never closed; if it were, the connection would only go uncounted.
-        let place = self.places.clone().acquire_owned().await.ok();
-        // TcpListener's own `accept` retries by itself, with a pause where the process is out of file descriptors.
-        let (stream, peer) = Listener::accept(&mut self.listener).await;
-        (BoundedStream { stream, end: Box::pin(tokio::time::sleep(CONNECTION_AGE_MAX)), _place: place }, peer)
-    }
-
-    fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.listener.local_addr()
-    }
-}
-
-/// A connection that holds one of the places and ends at a certain age.
-struct BoundedStream {
-    stream: TcpStream,
-    end: Pin<Box<tokio::time::Sleep>>,
-    _place: Option<OwnedSemaphorePermit>,
-}
-
-impl BoundedStream {
-    fn too_old(&mut self, context: &mut Context<'_>) -> bool {
-        self.end.as_mut().poll(context).is_ready()
-    }
-}
-
-fn age_error() -> io::Error {
-    io::Error::new(io::ErrorKind::TimedOut, "the connection has reached its age")
-}
-
-impl AsyncRead for BoundedStream {
-    fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        match self.too_old(context) {
-            true => Poll::Ready(Err(age_error())),
-            false => Pin::new(&mut self.stream).poll_read(context, buffer),
-        }
-    }
-}
-
-impl AsyncWrite for BoundedStream {
-    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        match self.too_old(context) {
-            true => Poll::Ready(Err(age_error())),
-            false => Pin::new(&mut self.stream).poll_write(context, bytes),
-        }
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(context)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(context)
     }
 }
 

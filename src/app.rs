@@ -7,6 +7,7 @@ pub mod couch_health;
 mod operations;
 pub mod restart;
 mod status;
+mod stop;
 #[cfg(all(test, feature = "dev"))]
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 mod tests;
@@ -43,6 +44,7 @@ use restart::{Child, Decision, Restarts, to_rebuild};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use stop::Stopping;
 use tokio::sync::{Semaphore, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -71,6 +73,8 @@ pub struct World {
     started: Instant,
     /// The one that lives now, for whoever asks what the replicators are doing.
     topology: watch::Sender<Option<ActorRef<topology::Message>>>,
+    /// The same, for what it knows of hosts.
+    webhooks: watch::Sender<Option<Pool<HttpSender>>>,
     /// Keeps what it knows of checkpoints over a crash of the pool.
     native: Arc<NativeEngine>,
 }
@@ -133,6 +137,8 @@ impl Actor for Supervisor {
                     feed: state.built.feed.clone(),
                     directory: state.built.directory.clone(),
                     topology: state.built.topology.clone(),
+                    webhooks: state.built.webhooks.clone(),
+                    deliveries: state.deliveries().ok(),
                     ledger: state.world.ledger.clone(),
                     native: state.world.native.clone(),
                     deadline: state.world.settings.shutdown_deadline,
@@ -229,6 +235,7 @@ impl State {
             process,
             started,
             topology,
+            webhooks,
             native,
             ..
         } = self.world.as_ref();
@@ -278,6 +285,7 @@ impl State {
                 )
                 .await?;
                 let cell = pool.cell();
+                webhooks.send_replace(Some(pool.clone()));
                 self.built.webhooks = Some(pool);
                 cell
             }
@@ -425,58 +433,6 @@ fn local_host(couch: &Couch) -> String {
     format!("{}:{}", url.host_str().unwrap_or_default(), url.port_or_known_default().unwrap_or_default())
 }
 
-/// The end: stop the feed ▶ no new jobs ▶ wait, with a deadline ▶ spill ▶ watermark.
-struct Stopping {
-    feed: Option<ActorRef<feed::Message>>,
-    directory: Option<ActorRef<directory::Message>>,
-    topology: Option<ActorRef<topology::Message>>,
-    ledger: Arc<Ledger>,
-    native: Arc<NativeEngine>,
-    deadline: Duration,
-}
-
-/// Of the deadline, what runs now may take half, the spill and the watermark a quarter each.
-impl Stopping {
-    async fn run(self) {
-        let Self { feed: Some(feed), directory: Some(directory), topology: Some(topology), ledger, native, deadline } = self
-        else {
-            return;
-        };
-        let _ = feed.cast(feed::Message::Stop);
-        let _ = directory.cast(directory::Message::Stop);
-        let _ = tokio::time::timeout(deadline / 2, ledger.room(1)).await;
-
-        // Where a side was replaced meanwhile, its replicator runs again, and what runs is written down.
-        for id in tokio::time::timeout(deadline / 4, native.flush()).await.unwrap_or_default() {
-            let _ = topology.cast(topology::Message::RunAgain { id });
-        }
-        let mut spilled = Vec::new();
-        let owing = ledger.cursor().owing();
-        for db in owing {
-            let (done, told) = oneshot::channel();
-            let _ = directory.cast(directory::Message::Spill { db, done: Some(done) });
-            spilled.push(told);
-        }
-        let (done, told) = oneshot::channel();
-        let _ = topology.cast(topology::Message::Shutdown { done });
-        spilled.push(told);
-        let all_spilled = async {
-            for told in spilled {
-                let _ = told.await;
-            }
-        };
-        if tokio::time::timeout(deadline / 4, all_spilled).await.is_err() {
-            tracing::warn!(
-                databases = ledger.cursor().len(),
-                "not everything could be made durable in time; the feed will tell of it again"
-            );
-        }
-        let (done, told) = oneshot::channel();
-        let _ = feed.cast(feed::Message::SaveFinally { done });
-        let _ = tokio::time::timeout(deadline / 4, told).await;
-    }
-}
-
 /// The app before its start: it is alive, and says why it is not ready, while somebody still waits for CouchDB.
 pub struct App {
     world: Arc<World>,
@@ -528,6 +484,7 @@ impl App {
             process: format!("{:016x}", fastrand::u64(..)).into(),
             started: Instant::now(),
             topology: watch::channel(None).0,
+            webhooks: watch::channel(None).0,
             settings,
         });
         let admin_stop = CancellationToken::new();

@@ -8,6 +8,8 @@ pub mod debounce;
 pub mod deliver;
 pub mod directory;
 pub mod durable;
+pub mod failing;
+pub mod gather;
 pub mod known;
 pub mod late;
 pub mod listen;
@@ -455,7 +457,7 @@ impl State {
     }
 
     fn listens(&self) -> bool {
-        !self.arguments.shared.snapshot.borrow().rules_of(&self.arguments.db).is_empty()
+        self.arguments.shared.snapshot.borrow().has_rules_of(&self.arguments.db)
     }
 
     fn is_busy(&self) -> bool {

@@ -37,9 +37,11 @@ use index::{Bounds, Index, Standing};
 use parked::Key;
 use patience::Patience;
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::{Notify, watch};
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 #[derive(Debug, Clone)]
@@ -63,6 +65,10 @@ pub struct Book {
     /// Something may be due earlier than it was.
     changed: Notify,
     loaded: Notify,
+    /// The database is somebody else's, and nothing is written there.
+    is_foreign: AtomicBool,
+    /// The end is near: no try is begun any more.
+    stopping: CancellationToken,
 }
 
 impl Book {
@@ -74,6 +80,10 @@ impl Book {
     fn set_loaded(&self) {
         self.index().set_loaded();
         self.loaded.notify_waiters();
+    }
+
+    fn is_foreign(&self) -> bool {
+        self.is_foreign.load(Ordering::Relaxed)
     }
 
     async fn wait_until_loaded(&self) {
@@ -88,6 +98,9 @@ impl Book {
         }
     }
 }
+
+/// At the end only, when nobody may be left to tell.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// The handle that the stages use.
 #[derive(Clone)]
@@ -115,6 +128,18 @@ impl Deliveries {
             return Standing::Free;
         }
         index.standing(&Key::of(rule, db, doc_id), rev, received)
+    }
+
+    /// What is under way goes on, and nothing is tried any more.
+    pub fn stop_trying(&self) {
+        self.book.stopping.cancel();
+    }
+
+    /// Waits until no try is under way, and so no delivery claimed.
+    pub async fn tries_ended(&self) {
+        while self.book.index().is_any_in_flight() {
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
     }
 
     pub fn is_disabled(&self, rule: &Rule) -> bool {

@@ -10,6 +10,7 @@ pub mod fields;
 pub mod handling;
 pub mod installations;
 pub mod invalid;
+pub mod matching;
 pub mod pattern;
 pub mod rule;
 pub mod selector;

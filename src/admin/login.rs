@@ -30,6 +30,8 @@ const FAILURES_MAX: usize = 10_000;
 const FAILURES_OF_ADDRESS: u32 = 10;
 /// One below CouchDB's, which would lock that name for whatever else we do with it.
 const FAILURES_OF_NAME: u32 = 4;
+/// Of our own name, of which CouchDB is not asked and which it does not lock: enough for slips, and no use to many addresses.
+const FAILURES_OF_OWN_NAME: u32 = 20;
 /// CouchDB takes a quarter of a second for a password that it does not know yet.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(10);
 /// Names and passwords are far shorter.
@@ -121,7 +123,11 @@ impl Login {
             }
             Standing::NoAdmin => Err(Denied::NoAdmin),
             Standing::Wrong => Err(self.memory().failed(peer, Some(&name), now)),
-            Standing::NotOurs => Err(self.memory().failed(peer, None, now)),
+            Standing::NotOurs => {
+                let mut memory = self.memory();
+                count_one(&mut memory.by_own_name, name, now);
+                Err(memory.failed(peer, None, now))
+            }
             Standing::Locked => Err(Denied::TooMany { after: FAILURES_WINDOW }),
         }
     }
@@ -168,6 +174,7 @@ struct Memory {
     admins: HashMap<[u8; 32], Instant>,
     by_address: HashMap<IpAddr, Failures>,
     by_name: HashMap<String, Failures>,
+    by_own_name: HashMap<String, Failures>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -194,7 +201,8 @@ impl Memory {
         };
         let of_address = left(self.by_address.get(&peer), FAILURES_OF_ADDRESS);
         let of_name = left(self.by_name.get(name), FAILURES_OF_NAME);
-        match of_address.max(of_name) {
+        let of_own_name = left(self.by_own_name.get(name), FAILURES_OF_OWN_NAME);
+        match of_address.max(of_name).max(of_own_name) {
             Some(after) if !self.knows(login, now) => Err(Denied::TooMany { after }),
             _ => Ok(()),
         }
@@ -276,6 +284,25 @@ mod tests {
             })
         });
         (Login::new(check, Some(SecretString::from(TOKEN))), asked)
+    }
+
+    #[tokio::test]
+    async fn many_addresses_get_no_more_guesses_at_our_own_name() {
+        let (login, asked) = login();
+        let now = Instant::now();
+        for n in 0..FAILURES_OF_OWN_NAME {
+            let address = peer(u8::try_from(n).expect("few"));
+            assert_eq!(login.who(&basic("own", "wrong"), address, now).await, Err(Denied::Wrong));
+        }
+        let denied = login.who(&basic("own", "right"), peer(99), now).await;
+        assert_eq!(denied, Err(Denied::TooMany { after: FAILURES_WINDOW }));
+        assert_eq!(asked.load(Ordering::Relaxed), FAILURES_OF_OWN_NAME as usize);
+        assert_eq!(
+            login.who(&basic("anna", "right"), peer(99), now).await,
+            Ok(String::from("anna")),
+            "it is about that name alone"
+        );
+        assert_eq!(login.who(&basic("own", "right"), peer(99), now + FAILURES_WINDOW).await, Ok(String::from("own")));
     }
 
     #[tokio::test]

@@ -3,6 +3,7 @@ use crate::couch::Standing;
 use secrecy::{ExposeSecret, SecretString};
 use std::sync::Mutex;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 
 const TOKEN: &str = "token-0123456789abcdef";
 
@@ -209,15 +210,36 @@ async fn a_body_is_never_waited_for() {
 }
 
 #[tokio::test]
-async fn a_silent_connection_is_closed_at_its_age() {
+async fn a_silent_connection_is_closed_before_long() {
     let Stage { admin, shutdown: _shutdown, .. } = started("127.0.0.1:0", Ok(())).await;
     let mut silent = TcpStream::connect(admin.address).await.expect("a connection");
-    // Let the server accept it before the clock jumps.
+    let mut slow = TcpStream::connect(admin.address).await.expect("a connection");
+    slow.write_all(b"GET /live HTTP/1.1\r\nhost: 127.0.0.1\r\n").await.expect("it is sent");
+    // Let the server accept them before the clock jumps.
     ask(admin.address, "/live").await;
     tokio::time::pause();
-    tokio::time::advance(CONNECTION_AGE_MAX + Duration::from_secs(1)).await;
+    tokio::time::advance(places::HEAD_MAX + Duration::from_secs(1)).await;
     tokio::time::resume();
+    for connection in [&mut silent, &mut slow] {
+        let mut rest = Vec::new();
+        let end = tokio::time::timeout(Duration::from_secs(5), connection.read_to_end(&mut rest)).await;
+        assert!(end.is_ok(), "still open");
+        assert!(!String::from_utf8_lossy(&rest).contains("200"));
+    }
+}
+
+#[tokio::test]
+async fn silent_connections_keep_nobody_out() {
+    let Stage { admin, shutdown: _shutdown, .. } = started("127.0.0.1:0", Ok(())).await;
+    let mut silent = Vec::new();
+    for _ in 0..places::CONNECTIONS_MAX + 50 {
+        silent.push(TcpStream::connect(admin.address).await.expect("a connection"));
+    }
+    for path in ["/live", "/ready"] {
+        let answer = tokio::time::timeout(Duration::from_secs(5), ask(admin.address, path)).await;
+        assert_eq!(answer.expect("an answer beside them").0, 200, "{path}");
+    }
     let mut rest = Vec::new();
-    let end = tokio::time::timeout(Duration::from_secs(5), silent.read_to_end(&mut rest)).await;
-    assert!(end.is_ok(), "still open");
+    let oldest = tokio::time::timeout(Duration::from_secs(5), silent[0].read_to_end(&mut rest)).await;
+    assert!(oldest.is_ok(), "the oldest gave up its place");
 }

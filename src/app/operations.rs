@@ -60,7 +60,8 @@ async fn answer(world: &World, order: Order) -> Result<Value, Refusal> {
         What::Deliveries => {
             let wishes = wishes(&[&FILTER, &["limit", "after"]])?;
             let bound = Bound { found: wishes.limit, read: READ_MAX };
-            let page = desk.list(&wishes.filter, wishes.after, bound).await.map_err(of_couch)?;
+            let after = wishes.after_key().map_err(bad_request)?;
+            let page = desk.list(&wishes.filter, after, bound).await.map_err(of_couch)?;
             Ok(json!({ "deliveries": page.found, "next": page.next.map(|key| key.doc_id()) }))
         }
         What::Delivery { key } => {
@@ -82,9 +83,11 @@ async fn answer(world: &World, order: Order) -> Result<Value, Refusal> {
         }
         What::DropMany => act_on_many(&desk, &wishes(&[&FILTER, &["all", "after"]])?, &drop, &by).await,
         What::Rules => {
-            wishes(&[])?;
+            let wishes = wishes(&[&["limit", "after"]])?;
             let counts = Counts::of(&world.book.index());
-            Ok(rules_json(world.publish.borrow().rules(), &counts, &world.vault))
+            let snapshot = world.publish.borrow().clone();
+            let (page, next) = page_of(snapshot.rules(), wishes.after.as_deref(), wishes.limit);
+            Ok(json!({ "rules": rules_json(page, &counts, &world.vault), "next": next }))
         }
         What::EnableRule { id } => {
             wishes(&[])?;
@@ -111,12 +114,13 @@ async fn act_on_one(desk: &Desk, key: &str, action: &Action, by: &str) -> Result
 }
 
 async fn act_on_many(desk: &Desk, wishes: &Wishes, action: &Action, by: &str) -> Result<Value, Refusal> {
-    let Wishes { filter, all, after, .. } = wishes;
+    let Wishes { filter, all, .. } = wishes;
+    let after = wishes.after_key().map_err(bad_request)?;
     if filter.is_empty() != *all {
         let reason = format!("say which, by {}, or say all=true", FILTER.join(", "));
         return Err(bad_request(reason));
     }
-    let (started, mut at, mut pages) = (Instant::now(), *after, 0);
+    let (started, mut at, mut pages) = (Instant::now(), after, 0);
     let (mut changed, mut contested, mut next) = (0, 0, None);
     while let Some((tally, last)) = desk.act_on_page(filter, action, at, SystemTime::now()).await.map_err(of_couch)? {
         changed += tally.changed;
@@ -162,7 +166,17 @@ fn rules_json(rules: &[Arc<Rule>], counts: &Counts, vault: &Vault) -> Value {
             "disabled": counts.disables(&rule.id, &rule.rev),
         })
     };
-    json!({ "rules": rules.iter().map(row).collect::<Vec<_>>() })
+    Value::from(rules.iter().map(row).collect::<Vec<_>>())
+}
+
+/// Those that follow `after`, at most `limit`, and the id of the last where more come; they are in the order of their ids.
+fn page_of<'r>(rules: &'r [Arc<Rule>], after: Option<&str>, limit: usize) -> (&'r [Arc<Rule>], Option<&'r str>) {
+    let start = after.map_or(0, |after| rules.partition_point(|rule| rule.id.as_ref() <= after));
+    let rest = rules.get(start..).unwrap_or_default();
+    match rest.get(..limit) {
+        Some(page) if page.len() < rest.len() => (page, page.last().map(|rule| rule.id.as_ref())),
+        _ => (rest, None),
+    }
 }
 
 fn bad_request(reason: impl Into<String>) -> Refusal {

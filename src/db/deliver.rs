@@ -1,9 +1,12 @@
 //! One page of changes ▶ webhook deliveries ▶ what became of each.
 //!
 //! What fails by itself is parked, and counts as delivered once that is durable. Where a rule is to wait instead (`on_failure`,
-//! `order`, `block`), where its host is not asked for now, or where no more may be parked, the rule is held at its first row.
+//! `order`, `block`) and nobody said for how long, where its host is not asked for now, or where no more may be parked, the rule
+//! is held at its first row.
 
 use crate::couch::Row;
+use crate::db::failing::Failing;
+use crate::db::gather::{Leave, Line, Lines, Pending, Sent, after, gather, next_in_line, send};
 use crate::db::late::{Late, Outstanding};
 use crate::db::positions::{PageOutcome, RuleId};
 use crate::deliveries::index::Standing;
@@ -11,20 +14,17 @@ use crate::deliveries::{Deliveries, Owed};
 use crate::job::{DbName, Failed, Outcome, Verdict};
 use crate::rules::document::Document;
 use crate::rules::handling::{OnFailure, Order};
+use crate::rules::matching::Chosen;
 use crate::rules::rule::Rule;
 use crate::schedule::Pool;
 use crate::vault::Vault;
 use crate::webhook::request::RequestError;
 use crate::webhook::{Delivery, HttpSender};
-use futures_util::StreamExt;
-use futures_util::stream::FuturesUnordered;
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
-use tokio::sync::{Notify, oneshot};
+use std::time::{Duration, Instant, SystemTime};
+use tokio::sync::oneshot;
 
 /// With what a page is delivered.
 pub struct Means<'a> {
@@ -37,26 +37,17 @@ pub struct Means<'a> {
 pub struct Addressee<'a> {
     pub db: &'a DbName,
     pub instance_start_time: &'a str,
-    pub rules: &'a [Arc<Rule>],
+    pub rules: &'a Chosen,
     /// Deliveries that succeeded in an earlier try of the same rows.
     pub delivered: &'a HashSet<u64>,
+    /// What the rules wait for, as far as they failed before.
+    pub failing: &'a Failing,
     /// The rules failed the last time: one delivery goes ahead of the others.
     pub probing: bool,
     /// When the page had been read.
     pub received: Instant,
     /// Where others would wait for the slowest.
     pub leave: Option<Leave<'a>>,
-}
-
-/// When a page goes on without its slow deliveries.
-#[derive(Clone, Copy)]
-pub struct Leave<'a> {
-    /// The database has changed since.
-    pub more: &'a Notify,
-    /// Whether somebody waits already.
-    pub is_wanted: bool,
-    /// Other rules stand elsewhere, so that nobody of this page needs to be done.
-    pub has_others: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -80,45 +71,14 @@ pub struct Delivered {
     pub failures: BTreeMap<RuleId, RuleFailure>,
     /// What is still under way.
     pub late: BTreeMap<RuleId, Vec<(String, Outstanding)>>,
+    /// Rows that failed, of rules that wait for them.
+    pub waited_for: Vec<(RuleId, usize)>,
+    /// Rows that such a rule does not wait for any more, because somebody said how long it may.
+    pub given_up: Vec<(RuleId, usize)>,
 }
 
 /// A rule that is disabled is looked at again after this, if nobody tells of its end before.
 pub const DISABLED_FOR: Duration = Duration::from_secs(600);
-
-/// A receiver is not slow before this.
-const PATIENCE: Duration = Duration::from_millis(100);
-
-struct Pending {
-    row: usize,
-    rule: Arc<Rule>,
-    key: u64,
-    outcome: oneshot::Receiver<Outcome>,
-}
-
-/// Of one rule whose deliveries keep the order of the whole database: what is sent after the one that is under way.
-type Line = VecDeque<(usize, u64, Result<Delivery, Outcome>)>;
-
-/// One that is under way; ready with where its delivery stands in the list.
-struct Flying {
-    at: usize,
-    outcome: oneshot::Receiver<Outcome>,
-}
-
-impl Future for Flying {
-    type Output = (usize, Outcome);
-
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        Pin::new(&mut self.outcome).poll(context).map(|outcome| (self.at, outcome.unwrap_or_else(|_| lost())))
-    }
-}
-
-/// A delivery of the list that is awaited.
-struct Sent {
-    row: usize,
-    rule: Arc<Rule>,
-    key: u64,
-    ended: Option<Outcome>,
-}
 
 struct Sheet<'a> {
     means: &'a Means<'a>,
@@ -129,6 +89,8 @@ struct Sheet<'a> {
     failures: BTreeMap<RuleId, RuleFailure>,
     parking: Vec<(usize, Arc<Rule>, u64, Option<Failed>)>,
     late: BTreeMap<RuleId, Vec<(String, Outstanding)>>,
+    waited_for: Vec<(RuleId, usize)>,
+    given_up: Vec<(RuleId, usize)>,
 }
 
 /// Delivers rows in order. Rules that do not block are sent together and awaited at the end; a blocking one is awaited before
@@ -143,10 +105,12 @@ pub async fn deliver(means: &Means<'_>, to: Addressee<'_>, rows: &[Row], late: &
         failures: BTreeMap::new(),
         parking: Vec::new(),
         late: BTreeMap::new(),
+        waited_for: Vec::new(),
+        given_up: Vec::new(),
     };
-    let disabled: Vec<bool> = to.rules.iter().map(|rule| means.deliveries.is_disabled(rule)).collect();
+    let disabled: Vec<bool> = to.rules.rules().iter().map(|rule| means.deliveries.is_disabled(rule)).collect();
     let mut waiting: Vec<Pending> = Vec::new();
-    let mut lines: BTreeMap<RuleId, (Arc<Rule>, Line)> = BTreeMap::new();
+    let mut lines = Lines::new();
     let mut unsent: Vec<(Arc<Delivery>, oneshot::Sender<Outcome>)> = Vec::new();
     let mut blocked_at = None;
     let mut probing = to.probing;
@@ -154,7 +118,7 @@ pub async fn deliver(means: &Means<'_>, to: Addressee<'_>, rows: &[Row], late: &
     for (index, row) in rows.iter().enumerate() {
         let doc = Document::of(row);
         let mut blocking = Vec::new();
-        let matching = to.rules.iter().zip(&disabled).filter(|(rule, _)| rule.matches(&doc));
+        let matching = to.rules.matching(&doc).into_iter().filter_map(|at| to.rules.rules().get(at).zip(disabled.get(at)));
         for (rule, is_disabled) in matching {
             let key = delivery_key(&rule.id, row);
             if to.delivered.contains(&key) {
@@ -211,8 +175,8 @@ pub async fn deliver(means: &Means<'_>, to: Addressee<'_>, rows: &[Row], late: &
             means.pool.submit(std::mem::take(&mut unsent));
             let rule_blocks = blocking.iter().any(|pending| pending.rule.block);
             // What probes for several rules holds all of them, whoever is slow.
-            let leave = to.leave.filter(|_| !rule_blocks && to.rules.len() == 1);
-            if !sheet.settle(blocking, BTreeMap::new(), leave).await {
+            let leave = to.leave.filter(|_| !rule_blocks && to.rules.rules().len() == 1);
+            if !sheet.settle(blocking, Lines::new(), leave).await {
                 match rule_blocks {
                     true => blocked_at = Some(index),
                     // The probe failed: the rest of the page is not tried for these rules.
@@ -224,63 +188,41 @@ pub async fn deliver(means: &Means<'_>, to: Addressee<'_>, rows: &[Row], late: &
         }
     }
     means.pool.submit(unsent);
-    for (rule_id, (_, line)) in &mut lines {
+    let firsts = lines.iter_mut().filter_map(|(rule_id, (rule, line))| {
         // One at a time: what is under way for this rule is the first of its line.
-        if let Some((row, key, built)) = line.pop_front() {
-            let id = rows.get(row).map_or("", |row| row.id.as_str());
-            let outcome = match late.take(rule_id, id) {
-                Some(sent) if sent.key == key => sent.outcome,
-                Some(older) => after(older, means.pool, built),
-                None => send(means.pool, built),
-            };
-            let rule = to.rules.iter().find(|rule| rule.id == *rule_id);
-            waiting.extend(rule.map(|rule| Pending { row, rule: rule.clone(), key, outcome }));
-        }
-    }
-    let lines = lines.into_iter().map(|(id, (_, line))| (id, line)).collect();
+        let (row, key, built) = line.pop_front()?;
+        let outcome = match late.take(rule_id, rows.get(row).map_or("", |row| row.id.as_str())) {
+            Some(sent) if sent.key == key => sent.outcome,
+            Some(older) => after(older, means.pool, built),
+            None => send(means.pool, built),
+        };
+        Some(Pending { row, rule: rule.clone(), key, outcome })
+    });
+    waiting.extend(firsts.collect::<Vec<_>>());
     // Where the page is blocked nobody of it goes on.
     sheet.settle(waiting, lines, to.leave.filter(|_| blocked_at.is_none())).await;
     sheet.park().await;
-    let ids: Vec<RuleId> = to.rules.iter().map(|rule| rule.id.clone()).collect();
-    late.forget_ended_of(&ids);
+    late.forget_ended_of(to.rules.rules());
     sheet.close(blocked_at)
-}
-
-fn send(pool: &Pool<HttpSender>, built: Result<Delivery, Outcome>) -> oneshot::Receiver<Outcome> {
-    match built {
-        Ok(delivery) => pool.run(delivery),
-        Err(outcome) => {
-            let (reply, receiver) = oneshot::channel();
-            let _ = reply.send(outcome);
-            receiver
-        }
-    }
-}
-
-/// Never two at once for one document: an older revision's delivery ends first.
-fn after(older: Outstanding, pool: &Pool<HttpSender>, built: Result<Delivery, Outcome>) -> oneshot::Receiver<Outcome> {
-    let (pool, (reply, receiver)) = (pool.clone(), oneshot::channel());
-    tokio::spawn(async move {
-        let _ = older.outcome.await;
-        if let Ok(outcome) = send(&pool, built).await {
-            let _ = reply.send(outcome);
-        }
-    });
-    receiver
 }
 
 impl Sheet<'_> {
     /// Awaits deliveries, and what follows them in their lines. True when what comes after them may be sent.
-    async fn settle(&mut self, pending: Vec<Pending>, lines: BTreeMap<RuleId, Line>, leave: Option<Leave<'_>>) -> bool {
-        let (sent, flying) = gather(self.means.pool, pending, lines, leave).await;
-        let mut left: HashMap<usize, Flying> = flying.into_iter().map(|flying| (flying.at, flying)).collect();
-        let mut all = left.is_empty();
-        for (at, Sent { row, rule, key, ended }) in sent.into_iter().enumerate() {
-            match (ended, left.remove(&at)) {
-                (Some(outcome), _) => all &= self.ended(row, &rule, key, outcome).await,
-                (None, Some(Flying { outcome, .. })) => self.leave(row, &rule, Outstanding { key, outcome }),
-                (None, None) => {}
+    async fn settle(&mut self, mut pending: Vec<Pending>, mut lines: Lines, leave: Option<Leave<'_>>) -> bool {
+        let mut all = true;
+        while !pending.is_empty() {
+            let (sent, mut left) = gather(self.means.pool, pending, &mut lines, leave).await;
+            all &= left.is_empty();
+            for (at, Sent { row, rule, key, ended }) in sent.into_iter().enumerate() {
+                match (ended, left.remove(&at)) {
+                    (Some(outcome), _) => all &= self.ended(row, &rule, key, outcome).await,
+                    (None, Some(outcome)) => self.leave(row, &rule, Outstanding { key, outcome }),
+                    (None, None) => {}
+                }
             }
+            // One that failed was given up: its line goes on.
+            let goes_on = lines.iter_mut().filter(|(rule, _)| !self.failed.contains_key(*rule));
+            pending = goes_on.filter_map(|(_, (rule, line))| next_in_line(self.means.pool, rule, line)).collect();
         }
         all
     }
@@ -301,7 +243,12 @@ impl Sheet<'_> {
                 return false;
             }
             Outcome::Failed(failed) if parks(rule) => self.parking.push((row, rule.clone(), key, Some(failed))),
+            Outcome::Failed(failed) if self.is_given_up(row, rule, &failed).await => {
+                self.given_up.push((rule.id.clone(), row));
+                self.delivered.push((row, key));
+            }
             Outcome::Failed(failed) => {
+                self.waited_for.push((rule.id.clone(), row));
                 let after = failed.after();
                 self.hold(row, rule, failed.error, Wait::Backoff { after });
                 return false;
@@ -318,6 +265,31 @@ impl Sheet<'_> {
         true
     }
 
+    /// Whether a rule that waits has waited as long as somebody said, and it is written down that nobody is owed this any more.
+    async fn is_given_up(&self, row: usize, rule: &Arc<Rule>, failed: &Failed) -> bool {
+        let Some(row) = self.rows.get(row) else { return false };
+        let now = SystemTime::now();
+        let history = self.to.failing.history(&rule.id, (&row.id, row.rev()), now);
+        if !self.means.deliveries.gives_up(rule, failed.verdict, history, now) {
+            return false;
+        }
+        let owed = Owed { history: Some(history), ..self.owed(row, rule, Some(failed.clone())) };
+        self.means.deliveries.park(vec![owed]).await.first() == Some(&true)
+    }
+
+    fn owed(&self, row: &Row, rule: &Arc<Rule>, failed: Option<Failed>) -> Owed {
+        Owed {
+            rule: rule.clone(),
+            db: self.to.db.clone(),
+            instance_start_time: self.to.instance_start_time.into(),
+            doc_id: row.id.clone(),
+            rev: row.rev().to_string(),
+            seq: row.seq.clone(),
+            failed,
+            history: None,
+        }
+    }
+
     fn hold(&mut self, row: usize, rule: &Arc<Rule>, error: String, wait: Wait) {
         let first = self.failed.entry(rule.id.clone()).or_insert(row);
         *first = row.min(*first);
@@ -326,7 +298,7 @@ impl Sheet<'_> {
 
     /// Every other rule of a group that was probing waits with the one that failed.
     fn give_up_rest(&mut self, row: usize) {
-        for rule in self.to.rules {
+        for rule in self.to.rules.rules() {
             self.failed.entry(rule.id.clone()).or_insert(row);
         }
     }
@@ -337,19 +309,8 @@ impl Sheet<'_> {
         if parking.is_empty() {
             return;
         }
-        let instance: Arc<str> = self.to.instance_start_time.into();
-        let owed = parking.iter().filter_map(|(row, rule, _, failed)| {
-            let row = self.rows.get(*row)?;
-            Some(Owed {
-                rule: rule.clone(),
-                db: self.to.db.clone(),
-                instance_start_time: instance.clone(),
-                doc_id: row.id.clone(),
-                rev: row.rev().to_string(),
-                seq: row.seq.clone(),
-                failed: failed.clone(),
-            })
-        });
+        let owed =
+            parking.iter().filter_map(|(row, rule, _, failed)| Some(self.owed(self.rows.get(*row)?, rule, failed.clone())));
         let durable = self.means.deliveries.park(owed.collect()).await;
         for ((row, rule, key, failed), durable) in parking.into_iter().zip(durable) {
             match durable {
@@ -378,72 +339,13 @@ impl Sheet<'_> {
             delivered,
             ..PageOutcome::default()
         };
-        Delivered { page, failures: self.failures, late: self.late }
-    }
-}
-
-/// Awaits all, or until others have waited long enough; what has not ended then is given back as it is.
-async fn gather(
-    pool: &Pool<HttpSender>,
-    pending: Vec<Pending>,
-    mut lines: BTreeMap<RuleId, Line>,
-    leave: Option<Leave<'_>>,
-) -> (Vec<Sent>, FuturesUnordered<Flying>) {
-    let started = Instant::now();
-    let (mut sent, mut flying) = (Vec::with_capacity(pending.len()), FuturesUnordered::new());
-    let mut under_way: HashMap<RuleId, usize> = HashMap::new();
-    for Pending { row, rule, key, outcome } in pending {
-        *under_way.entry(rule.id.clone()).or_default() += 1;
-        flying.push(Flying { at: sent.len(), outcome });
-        sent.push(Sent { row, rule, key, ended: None });
-    }
-    let mut first_done = leave.filter(|leave| leave.has_others).map(|_| Duration::ZERO);
-    loop {
-        let slow_at = leave.and(first_done).map(|took| started + took + took.max(PATIENCE));
-        let ended = tokio::select! {
-            biased;
-            ended = flying.next() => ended,
-            () = is_left(leave, slow_at) => break,
-        };
-        let Some((at, outcome)) = ended else { break };
-        let Some(done) = sent.get_mut(at) else { continue };
-        let (rule, goes_on) = (done.rule.clone(), outcome == Outcome::Done);
-        done.ended = Some(outcome);
-        let next = lines.get_mut(&rule.id).and_then(Line::pop_front).filter(|_| goes_on);
-        match next {
-            Some((row, key, built)) => {
-                flying.push(Flying { at: sent.len(), outcome: send(pool, built) });
-                sent.push(Sent { row, rule, key, ended: None });
-            }
-            None => {
-                let left = under_way.entry(rule.id.clone()).or_default();
-                *left = left.saturating_sub(1);
-                if *left == 0 {
-                    first_done.get_or_insert(started.elapsed());
-                }
-            }
-        }
-    }
-    (sent, flying)
-}
-
-/// Ends when the slow ones are left to themselves: not before they have had their time, nor before somebody waits for it.
-async fn is_left(leave: Option<Leave<'_>>, slow_at: Option<Instant>) {
-    let (Some(leave), Some(slow_at)) = (leave, slow_at) else { return std::future::pending().await };
-    tokio::time::sleep_until(slow_at.into()).await;
-    if !leave.is_wanted {
-        leave.more.notified().await;
+        Delivered { page, failures: self.failures, late: self.late, waited_for: self.waited_for, given_up: self.given_up }
     }
 }
 
 /// Whether a failed delivery of this rule may be overtaken by those for other documents.
 fn parks(rule: &Rule) -> bool {
     !rule.block && rule.handling.order == Order::Document && rule.handling.on_failure == OnFailure::Park
-}
-
-fn lost() -> Outcome {
-    let error = String::from("the webhook pool is being restarted");
-    Outcome::Unsent { error, after: Duration::from_secs(1) }
 }
 
 /// What is wrong with the rule holds it; what is wrong with this one delivery is this one's.

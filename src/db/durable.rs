@@ -13,7 +13,7 @@ pub async fn make_durable(shared: &Shared, db: &DbName) -> bool {
     let snapshot = shared.snapshot.borrow().clone();
     let (done, replicators) = oneshot::channel();
     let _ = shared.topology.cast(topology::Message::Spill { db: db.clone(), done });
-    let listens = !snapshot.rules_of(db).is_empty();
+    let listens = snapshot.has_rules_of(db);
     (!listens || mark_dirty(shared, db).await) && replicators.await.is_ok()
 }
 

@@ -5,6 +5,7 @@
 
 use crate::db::positions::RuleId;
 use crate::job::Outcome;
+use crate::rules::rule::Rule;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -75,9 +76,9 @@ impl Late {
     }
 
     /// What has ended and was not asked for by the page that it belonged to is of no use any more.
-    pub fn forget_ended_of(&mut self, rules: &[RuleId]) {
+    pub fn forget_ended_of(&mut self, rules: &[Arc<Rule>]) {
         self.deliveries.retain(|(rule, _), outstanding| {
-            !rules.contains(rule) || matches!(outstanding.outcome.try_recv(), Err(TryRecvError::Empty))
+            rules.iter().all(|known| known.id != *rule) || matches!(outstanding.outcome.try_recv(), Err(TryRecvError::Empty))
         });
     }
 
@@ -95,6 +96,11 @@ mod tests {
 
     fn id(rule: &str) -> RuleId {
         rule.into()
+    }
+
+    fn rule(id: &str) -> Arc<Rule> {
+        let doc = serde_json::json!({ "_id": id, "_rev": "1-r", "type": "on_change", "db_name": "db", "url": "http://h/" });
+        Arc::new(Rule::parse(&doc).unwrap())
     }
 
     #[tokio::test]
@@ -142,9 +148,9 @@ mod tests {
         })
         .await
         .unwrap();
-        late.forget_ended_of(&[id("other")]);
+        late.forget_ended_of(&[rule("other")]);
         assert_eq!(late.deliveries.len(), 2);
-        late.forget_ended_of(&[id("r")]);
+        late.forget_ended_of(&[rule("r")]);
         assert_eq!(late.deliveries.keys().map(|(_, doc)| doc.as_str()).collect::<Vec<_>>(), ["under_way"]);
         late.retain(|_| false);
         assert!(late.is_empty());

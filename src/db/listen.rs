@@ -7,13 +7,16 @@ use crate::checkpoints::Checkpoints;
 use crate::couch::fingerprint::Fingerprint;
 use crate::couch::{Changes, ChangesQuery, Couch, CouchError, Seq, WriteResult};
 use crate::db::Instance;
-use crate::db::deliver::{Addressee, DISABLED_FOR, Delivered, Leave, Means, RuleFailure, Wait, deliver};
+use crate::db::deliver::{Addressee, DISABLED_FOR, Delivered, Means, RuleFailure, Wait, deliver};
+use crate::db::failing::Failing;
+use crate::db::gather::Leave;
 use crate::db::known;
 use crate::db::late::Late;
 use crate::db::positions::{Positions, RuleId, RuleStart};
 use crate::db::rule_health::RuleHealth;
 use crate::deliveries::Deliveries;
 use crate::job::{DbName, timestamp};
+use crate::rules::matching::{Chosen, RuleSet};
 use crate::rules::rule::{Rule, SinceOverride};
 use crate::schedule::Pool;
 use crate::schedule::backoff::Backoff;
@@ -59,6 +62,7 @@ pub struct Listener {
     db: DbName,
     doc: Option<Value>,
     positions: Positions,
+    failing: Failing,
     rule_revs: BTreeMap<RuleId, String>,
     /// How often each was enabled again, as far as we have heard.
     times_enabled: BTreeMap<RuleId, u64>,
@@ -128,6 +132,7 @@ impl Listener {
         Ok(Self {
             id,
             db: db.clone(),
+            failing: Failing::load(doc.as_ref()),
             doc,
             positions,
             rule_revs: revs(rules),
@@ -188,6 +193,7 @@ impl Listener {
         for rule in rules {
             if self.rule_revs.insert(rule.id.clone(), rule.rev.clone()).is_some_and(|rev| rev != rule.rev) {
                 self.positions.lift_hold(&rule.id);
+                self.failing.forget(&rule.id);
             }
             let times = tools.deliveries.times_enabled(&rule.id);
             if times > self.times_enabled.insert(rule.id.clone(), times).unwrap_or(0) {
@@ -205,7 +211,7 @@ impl Listener {
 
     /// Reads, delivers and saves until everything that was there at the first read is through, or held back. `seen` is what the
     /// database looked like before that, where somebody knows.
-    pub async fn listen(&mut self, tools: &Tools, rules: &[Arc<Rule>], seen: Option<Fingerprint>) -> Result<(), ListenError> {
+    pub async fn listen(&mut self, tools: &Tools, rules: &Arc<RuleSet>, seen: Option<Fingerprint>) -> Result<(), ListenError> {
         self.seen = seen;
         tools.deliveries.loaded().await;
         self.sync(tools, rules);
@@ -214,9 +220,10 @@ impl Listener {
         let mut prefetched: Option<Prefetched> = None;
         while let Some(index) = self.next_read() {
             let group = self.positions.group(index);
-            let group_rules: Vec<Arc<Rule>> = rules.iter().filter(|rule| group.rules.contains(&rule.id)).cloned().collect();
+            let chosen = rules.choose(|rule| group.rules.contains(&rule.id));
+            let group_rules = chosen.rules();
             if group.hold.is_some()
-                && let Some(until) = nothing_sent_until(tools, &group_rules)
+                && let Some(until) = nothing_sent_until(tools, group_rules)
             {
                 // Reading the page would only show again what cannot be sent.
                 self.positions.hold_on(index, until);
@@ -253,8 +260,18 @@ impl Listener {
                     Some(Prefetched { since: page.last_seq.clone(), include_docs, page: AbortOnDropHandle::new(reading) });
             }
             let started = Instant::now();
-            let Delivered { page: mut outcome, failures, late } =
-                self.deliver(tools, index, &group_rules, (&page, received), permit).await?;
+            let delivered = self.deliver(tools, index, &chosen, (&page, received), permit).await?;
+            for (rule, row) in &delivered.waited_for {
+                if let Some(row) = page.rows.get(*row) {
+                    self.failing.failed(rule, (&row.id, row.rev()), SystemTime::now());
+                }
+            }
+            for (rule, row) in &delivered.given_up {
+                if let Some(row) = page.rows.get(*row) {
+                    self.failing.passed(rule, (&row.id, row.rev()));
+                }
+            }
+            let Delivered { page: mut outcome, failures, late, .. } = delivered;
             if started.elapsed() >= SLOW_PAGE {
                 // The receiver is the slow one: a page in memory would only wait for it.
                 prefetched = None;
@@ -318,7 +335,7 @@ impl Listener {
         &mut self,
         tools: &Tools,
         index: usize,
-        rules: &[Arc<Rule>],
+        rules: &Chosen,
         (page, received): (&Changes, Instant),
         permit: Option<tokio::sync::OwnedSemaphorePermit>,
     ) -> Result<Delivered, ListenError> {
@@ -331,13 +348,14 @@ impl Listener {
         }
         let (has_others, others_wait) = self.positions.others(index);
         let group = self.positions.group(index);
-        let leaving = self.leaving.as_ref().filter(|_| has_others || rules.len() > 1);
+        let leaving = self.leaving.as_ref().filter(|_| has_others || rules.rules().len() > 1);
         let is_wanted = others_wait || page.pending.is_some_and(|pending| pending > 0);
         let to = Addressee {
             db: &self.db,
             instance_start_time: self.instance_start_time.as_deref().unwrap_or_default(),
             rules,
             delivered: &group.delivered,
+            failing: &self.failing,
             probing: group.is_probing(),
             received,
             leave: leaving.map(|leaving| Leave { more: &leaving.more, is_wanted, has_others }),
@@ -369,6 +387,7 @@ impl Listener {
         };
         self.positions.page_done(index, outcome, until);
         let held = self.positions.held_rules();
+        self.failing.retain(|rule| held.contains(rule));
         for rule in self.rule_revs.keys() {
             match (held.contains(rule), failures.get(rule)) {
                 (true, Some(failure)) => tools.rule_health.failing(rule, &self.db, &failure.error),
@@ -409,6 +428,7 @@ impl Listener {
             _ => new_document(&self.id, &self.db),
         };
         self.positions.store(&mut doc);
+        self.failing.store(&mut doc);
         doc.insert(String::from("type"), Value::from("change_listener"));
         doc.insert(String::from("db_name"), Value::from(&*self.db));
         if settles_dirty || !doc.contains_key("dirty") {

@@ -16,6 +16,7 @@ use crate::telemetry::StateLabels;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 use tokio::task::{Id, JoinSet};
 
@@ -26,6 +27,8 @@ const OF_ONE_DATABASE_MAX: usize = 50;
 /// How often old and unwanted ones are looked for.
 const TIDY_EVERY: Duration = Duration::from_secs(30);
 const TIDY_MAX: usize = 500;
+/// Meanwhile nothing is tried.
+const TIDY_ROUNDS_MAX: usize = 20;
 /// What cannot be tried now, because its rule is disabled or damaged, is looked at again after this.
 const NOT_NOW: Duration = Duration::from_secs(60);
 /// CouchDB did not answer as it should; it is asked again after this.
@@ -49,6 +52,8 @@ struct Tries {
     missing_dbs: Missing<DbName>,
     missing_docs: Missing<Key>,
     missing_rules: Missing<Arc<str>>,
+    /// It was said that more have ended than are listed.
+    lists_less: AtomicBool,
 }
 
 pub(super) async fn run(arguments: Arguments) {
@@ -62,15 +67,21 @@ pub(super) async fn run(arguments: Arguments) {
     deliveries.book.index().land_all();
     let tidy_every = TIDY_EVERY.min(deliveries.settings.assume_deleted_after).max(Duration::from_secs(1));
     let (missing_dbs, missing_docs, missing_rules) = (Missing::default(), Missing::default(), Missing::default());
-    let tries = Arc::new(Tries { arguments, missing_dbs, missing_docs, missing_rules });
+    let lists_less = AtomicBool::new(false);
+    let tries = Arc::new(Tries { arguments, missing_dbs, missing_docs, missing_rules, lists_less });
     tries.end_disabled(&known).await;
     let mut under_way = JoinSet::new();
     let mut keys_of: HashMap<Id, Vec<Key>> = HashMap::new();
     let mut tidy = tokio::time::interval(tidy_every);
     tidy.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
-        let wait = tries.start_due(&mut under_way, &mut keys_of, &known);
+        let is_stopping = deliveries.book.stopping.is_cancelled();
+        let wait = match is_stopping {
+            true => TIDY_EVERY,
+            false => tries.start_due(&mut under_way, &mut keys_of, &known),
+        };
         tokio::select! {
+            () = deliveries.book.stopping.cancelled(), if !is_stopping => {}
             () = deliveries.book.changed.notified() => {}
             () = tokio::time::sleep(wait) => {}
             Some(ended) = under_way.join_next_with_id() => {
@@ -295,6 +306,8 @@ impl Tries {
                 self.failed(parked, &rule, &failed).await;
             }
             Ok(Outcome::Unsent { after, .. }) => self.unclaim(parked, after.mul_f64(1.0 + 0.2 * fastrand::f64())).await,
+            // The request was cut off by our own end: whoever comes next makes it again at once.
+            Err(_) if self.deliveries().book.stopping.is_cancelled() => self.unclaim(parked, Duration::ZERO).await,
             Ok(Outcome::Missing { .. }) | Err(_) => self.unclaim(parked, COUCHDB_FAILED).await,
         }
     }
@@ -335,7 +348,7 @@ impl Tries {
 
     async fn failed(&self, parked: Parked, rule: &Rule, failed: &Failed) {
         let patience = self.deliveries().settings.patience.of(&rule.handling.retry);
-        self.update(parked.key(), |parked| {
+        self.update_claimed(parked.key(), |parked| {
             parked.retries = parked.retries.saturating_add(1);
             let now = SystemTime::now();
             failed_again(parked, failed, now, |verdict, history| patience.next(verdict, history, now, fastrand::f64()));
@@ -345,7 +358,7 @@ impl Tries {
     }
 
     async fn unclaim(&self, parked: Parked, after: Duration) {
-        self.update(parked.key(), |parked| {
+        self.update_claimed(parked.key(), |parked| {
             parked.claimed_by = None;
             parked.next_attempt_at = Some(SystemTime::now() + after);
             true
@@ -362,13 +375,25 @@ impl Tries {
         tracing::debug!(rule = parked.rule, db = parked.db, reason, "a parked delivery was {}, it stays listed", state.name());
     }
 
-    /// Writes what a try came to, whoever wrote the document meanwhile; false from `change` deletes the document.
-    async fn update(&self, key: Key, mut change: impl FnMut(&mut Parked) -> bool) {
+    /// Writes what a try came to, unless somebody else claimed it meanwhile: then it is theirs to say.
+    async fn update_claimed(&self, key: Key, change: impl FnMut(&mut Parked) -> bool) {
+        let is_mine = |parked: &Parked| parked.claimed_by.as_deref().is_none_or(|by| *by == *self.arguments.process);
+        self.update_where(key, is_mine, change).await;
+    }
+
+    /// The same, whoever has it.
+    async fn update(&self, key: Key, change: impl FnMut(&mut Parked) -> bool) {
+        self.update_where(key, |_| true, change).await;
+    }
+
+    /// Whoever wrote the document meanwhile; false from `change` deletes it.
+    async fn update_where(&self, key: Key, is_to: impl Fn(&Parked) -> bool, mut change: impl FnMut(&mut Parked) -> bool) {
         let deliveries = self.deliveries();
         let mut latest: Option<Parked> = None;
         let id = key.doc_id();
         let updated = deliveries.store.update(&id, |doc| {
-            let Some(mut parked) = Parked::read(doc).filter(|parked| parked.state == State::Parked) else {
+            let parked = Parked::read(doc).filter(|parked| parked.state == State::Parked && is_to(parked));
+            let Some(mut parked) = parked else {
                 latest = None;
                 return false;
             };
@@ -443,14 +468,14 @@ impl Tries {
         self.missing_dbs.forget_after(settings.assume_deleted_after * 2 + NOT_NOW * 4);
         self.missing_docs.forget_after(settings.assume_deleted_after * 2 + NOT_NOW * 4);
         let deleted = &self.deleted_rules(snapshot);
-        let (unwanted, old, counts) = {
+        let (unwanted, before, counts) = {
             let mut index = self.deliveries().book.index();
             index.forget_accepted(Instant::now());
             let unwanted = index.unwanted(TIDY_MAX, |entry| unwanted_because(entry, snapshot, deleted).is_some());
             let before = SystemTime::now().checked_sub(settings.retention).unwrap_or(SystemTime::UNIX_EPOCH);
             let disabled = index.disabled().count();
             self.arguments.metrics.rules_disabled.set(i64::try_from(disabled).unwrap_or(i64::MAX));
-            (unwanted, index.ended_before(before, TIDY_MAX), State::ALL.map(|state| (state, index.count(state))))
+            (unwanted, before, State::ALL.map(|state| (state, index.count(state))))
         };
         for (state, count) in counts {
             let gauge = self.arguments.metrics.deliveries.get_or_create_owned(&StateLabels { state: state.name() });
@@ -472,13 +497,40 @@ impl Tries {
         for (rule, deliveries) in dropped {
             tracing::warn!(%rule, deliveries, "parked deliveries were dropped, because nobody wants them any more; they stay listed");
         }
-        let deletions = old.into_iter().map(|(key, entry)| async move {
-            let gone = json!({ "_id": key.doc_id(), "_rev": entry.doc_rev, "_deleted": true });
-            if matches!(self.deliveries().store.save(gone).await, Ok(WriteResult::Saved { .. })) {
-                self.deliveries().book.index().forget_if(&key, &entry.doc_rev);
+        self.forget_ended(before).await;
+    }
+
+    /// What ended is listed for a while, and not without bound: the oldest go first.
+    async fn forget_ended(&self, before: SystemTime) {
+        let listed = self.deliveries().settings.bounds.all;
+        let beyond = self.deliveries().book.index().ended_beyond(listed);
+        if beyond > 0 {
+            if !self.lists_less.swap(true, Ordering::Relaxed) {
+                tracing::warn!(
+                    deliveries = beyond,
+                    listed,
+                    "more deliveries are dead or dropped than are listed (deliveries.max), the oldest are not listed any more"
+                );
             }
-        });
-        futures_util::future::join_all(deletions).await;
+        } else if self.deliveries().book.index().ended_beyond(listed / 2) == 0 {
+            self.lists_less.store(false, Ordering::Relaxed);
+        }
+        for _ in 0..TIDY_ROUNDS_MAX {
+            let old = self.deliveries().book.index().ended_before(before, listed, TIDY_MAX);
+            let is_last = old.len() < TIDY_MAX;
+            let deletions = old.into_iter().map(|(key, entry)| async move {
+                let gone = json!({ "_id": key.doc_id(), "_rev": entry.doc_rev, "_deleted": true });
+                let is_gone = matches!(self.deliveries().store.save(gone).await, Ok(WriteResult::Saved { .. }));
+                if is_gone {
+                    self.deliveries().book.index().forget_if(&key, &entry.doc_rev);
+                }
+                is_gone
+            });
+            let gone = futures_util::future::join_all(deletions).await;
+            if is_last || !gone.contains(&true) {
+                return;
+            }
+        }
     }
 }
 

@@ -1,10 +1,12 @@
 //! Reads the deliveries database, and then its changes: what another process or a person wrote is known at once.
 
 use super::Arguments;
+use super::operate::is_foreign;
 use super::parked::{DELIVERY, DISABLED, Disabled, Key, Parked};
 use crate::couch::{ChangesQuery, CouchError, FeedLine, Row, Seq};
 use serde_json::Value;
 use std::collections::HashSet;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime};
 
 /// Documents read by one request.
@@ -15,6 +17,8 @@ const READ_ANEW_AFTER: Duration = Duration::from_secs(3_600);
 const FOLLOWED_MIN: Duration = Duration::from_secs(30);
 /// Failures in a row that are worth a line.
 const SAID_AFTER: u32 = 3;
+/// Somebody else's database is looked at as seldom as one that failed often.
+const FOREIGN: u32 = 5;
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(30);
 
@@ -24,7 +28,20 @@ pub(super) async fn run(arguments: Arguments) {
     loop {
         arguments.couch.health().up().await;
         match load(&arguments).await {
-            Ok(since) => {
+            Ok(None) => {
+                if !book.is_foreign.swap(true, Ordering::Relaxed) {
+                    let db = &arguments.db_name;
+                    tracing::error!(
+                        db,
+                        "the database holds other documents than deliveries: nothing is written there, and rules wait at what \
+                         fails; choose another db_name"
+                    );
+                }
+                book.set_loaded();
+                failures = FOREIGN;
+            }
+            Ok(Some(since)) => {
+                book.is_foreign.store(false, Ordering::Relaxed);
                 book.set_loaded();
                 book.changed.notify_one();
                 if failures >= SAID_AFTER {
@@ -54,9 +71,9 @@ pub(super) async fn run(arguments: Arguments) {
     }
 }
 
-/// Everything that is there, and the seq before it was read. The database is made where it is missing: whoever updates from a
-/// release without it has not installed it.
-async fn load(arguments: &Arguments) -> Result<Seq, CouchError> {
+/// Everything that is there, and the seq before it was read; None where the database is somebody else's. It is made where it is
+/// missing: whoever updates from a release without it has not installed it.
+async fn load(arguments: &Arguments) -> Result<Option<Seq>, CouchError> {
     let Arguments { couch, db_name, .. } = arguments;
     let (since, is_empty) = match couch.db_info(db_name).await {
         Ok(info) => (info.update_seq, info.doc_count == 0),
@@ -71,6 +88,8 @@ async fn load(arguments: &Arguments) -> Result<Seq, CouchError> {
     if is_empty {
         // Whoever made it may not have come that far.
         couch.set_admins_only(db_name).await?;
+    } else if is_foreign(couch, db_name).await? {
+        return Ok(None);
     }
     let book = &arguments.deliveries.book;
     // Before anything is read: what is parked meanwhile is not taken for gone.
@@ -108,7 +127,7 @@ async fn load(arguments: &Arguments) -> Result<Seq, CouchError> {
     for rule in enabled {
         enable(arguments, &rule);
     }
-    Ok(since)
+    Ok(Some(since))
 }
 
 async fn follow(arguments: &Arguments, since: Seq) -> Result<(), CouchError> {

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant, SystemTime};
 /// How many deliveries may be parked; past that a rule is held in that database instead.
 #[derive(Debug, Clone, Copy)]
 pub struct Bounds {
+    /// As many more may be listed that are dead or dropped.
     pub all: usize,
     pub per_rule_and_database: usize,
 }
@@ -94,8 +95,11 @@ impl Index {
         let reserved: usize = self.reserved.values().sum();
         let place = self.reserved.get(&(rule.clone(), db.clone())).copied().unwrap_or(0);
         let of_pair = self.pairs.get(rule).and_then(|dbs| dbs.get(db)).copied().unwrap_or(0);
-        let has_room = self.entries.contains_key(key)
-            || (self.entries.len() + reserved < bounds.all && of_pair + place < bounds.per_rule_and_database);
+        let is_parked = self.entries.get(key).is_some_and(|entry| entry.state == State::Parked);
+        let parked = self.count(State::Parked);
+        // Those beyond one time are about to go; where they come faster than that, nobody adds to them.
+        let is_tidy = self.ended.len() < bounds.all.saturating_mul(2);
+        let has_room = is_parked || (parked + reserved < bounds.all && of_pair + place < bounds.per_rule_and_database && is_tidy);
         if has_room {
             *self.reserved.entry((rule.clone(), db.clone())).or_default() += 1;
         }
@@ -297,6 +301,10 @@ impl Index {
         }
     }
 
+    pub fn is_any_in_flight(&self) -> bool {
+        self.entries.values().any(|entry| entry.in_flight)
+    }
+
     pub fn next_due(&self) -> Option<SystemTime> {
         self.due.first().map(|(at, _)| *at)
     }
@@ -315,9 +323,16 @@ impl Index {
         }
     }
 
-    /// What ended before `before`, at most `max`.
-    pub fn ended_before(&self, before: SystemTime, max: usize) -> Vec<(Key, Entry)> {
-        let old = self.ended.iter().take_while(|(at, _)| *at < before).take(max);
+    /// How many are listed that ended, beyond `listed`.
+    pub fn ended_beyond(&self, listed: usize) -> usize {
+        self.ended.len().saturating_sub(listed)
+    }
+
+    /// What ended before `before`, and of the others the oldest beyond `listed`; at most `max`.
+    pub fn ended_before(&self, before: SystemTime, listed: usize, max: usize) -> Vec<(Key, Entry)> {
+        let beyond = self.ended_beyond(listed);
+        let old = self.ended.iter().enumerate().take_while(|(at, (ended, _))| *ended < before || *at < beyond).take(max);
+        let old = old.map(|(_, known)| known);
         let known = old.filter_map(|(_, key)| Some((*key, self.entries.get(key)?)));
         known.filter(|(_, entry)| entry.state != State::Parked).map(|(key, entry)| (key, entry.clone())).collect()
     }
@@ -467,6 +482,26 @@ mod tests {
     }
 
     #[test]
+    fn what_ended_takes_no_place_until_it_is_far_too_much() {
+        let mut index = Index::default();
+        let (rule, db): (Arc<str>, DbName) = ("r".into(), "db".into());
+        for n in 0..9 {
+            index.put(&ended(parked("r", "db", &n.to_string(), 0), State::Dead, n));
+        }
+        assert!(index.reserve(&Key::of("r", "db", "x"), &rule, &db, BOUNDS), "nobody is owed any of them");
+        index.unreserve(&rule, &db);
+        assert!(index.reserve(&Key::of("r", "db", "3"), &rule, &db, BOUNDS), "one of them again");
+        index.unreserve(&rule, &db);
+        index.put(&ended(parked("r", "db", "9", 0), State::Dropped, 9));
+        assert!(!index.reserve(&Key::of("r", "db", "x"), &rule, &db, BOUNDS), "twice the bound");
+        assert_eq!(index.ended_beyond(BOUNDS.all), 5);
+        let times = |old: Vec<(Key, Entry)>| old.into_iter().map(|(_, entry)| entry.doc_id.to_string()).collect::<Vec<_>>();
+        assert_eq!(times(index.ended_before(at(0), BOUNDS.all, 99)), ["0", "1", "2", "3", "4"], "the oldest beyond the bound");
+        assert_eq!(times(index.ended_before(at(7), BOUNDS.all, 99)).len(), 7, "and all that are old");
+        assert_eq!(times(index.ended_before(at(7), BOUNDS.all, 2)), ["0", "1"]);
+    }
+
+    #[test]
     fn the_first_and_the_last_of_a_rule_are_told() {
         let mut index = Index::default();
         assert!(index.put(&parked("r", "db", "a", 1)));
@@ -488,8 +523,8 @@ mod tests {
         index.put(&ended(parked("r", "db", "a", 1), State::Dead, 100));
         assert_eq!(index.standing(&key, "1-x", Instant::now()), Standing::Free);
         assert_eq!(index.next_due(), None);
-        assert!(index.ended_before(at(100), 9).is_empty());
-        assert_eq!(index.ended_before(at(101), 9).len(), 1);
+        assert!(index.ended_before(at(100), 9, 9).is_empty());
+        assert_eq!(index.ended_before(at(101), 9, 9).len(), 1);
     }
 
     #[test]
@@ -543,7 +578,7 @@ mod tests {
                     6 => index.landed(&key, Some(at(seconds + 1))),
                     _ => index.land_all(),
                 }
-                for (_, entry) in index.ended_before(at(99), 99) {
+                for (_, entry) in index.ended_before(at(99), 99, 99) {
                     prop_assert!(entry.state != State::Parked);
                 }
                 for (when, key) in &index.due {

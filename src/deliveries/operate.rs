@@ -240,21 +240,43 @@ impl Desk {
         }
     }
 
-    /// Whether it holds nothing but what Spiegel wrote, as far as its ends tell. A name ending in `_deliveries` is one that
-    /// somebody may have given to a database of their own.
+    /// Whether it is not another's, so that its rights may be set and it may be removed.
     pub async fn is_ours(&self) -> Result<bool> {
-        for descending in [false, true] {
-            let docs = match self.couch.docs_at_end(&self.db, descending, ENDS).await {
-                Err(CouchError::NotFound(_)) => return Ok(true),
-                docs => docs?,
-            };
-            let mut docs = docs.iter().filter(|doc| !doc["_id"].as_str().unwrap_or_default().starts_with("_design/"));
-            if !docs.all(|doc| Parked::read(doc).is_some() || Disabled::read(doc).is_some()) {
-                return Ok(false);
-            }
-        }
-        Ok(true)
+        holds_only_ours(&self.couch, &self.db).await
     }
+}
+
+/// Whether a deliveries database holds nothing but what Spiegel wrote, as far as its ends tell. A name ending in `_deliveries` is
+/// one that somebody may have given to a database of their own.
+pub(super) async fn holds_only_ours(couch: &Couch, db: &str) -> Result<bool> {
+    for descending in [false, true] {
+        let docs = match couch.docs_at_end(db, descending, ENDS).await {
+            Err(CouchError::NotFound(_)) => return Ok(true),
+            docs => docs?,
+        };
+        let mut docs = docs.iter().filter(|doc| !doc["_id"].as_str().unwrap_or_default().starts_with("_design/"));
+        if !docs.all(is_of_spiegel) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Whether it is somebody else's: there are other documents, and none of ours. A stray one among ours makes it nobody else's.
+pub(super) async fn is_foreign(couch: &Couch, db: &str) -> Result<bool> {
+    if holds_only_ours(couch, db).await? {
+        return Ok(false);
+    }
+    for prefix in [DELIVERY, DISABLED] {
+        if couch.docs_by_prefix(db, prefix, None, ENDS).await?.iter().any(is_of_spiegel) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+fn is_of_spiegel(doc: &Value) -> bool {
+    Parked::read(doc).is_some() || Disabled::read(doc).is_some()
 }
 
 /// Documents looked at, at each end.

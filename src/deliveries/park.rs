@@ -21,6 +21,8 @@ pub struct Owed {
     pub seq: Seq,
     /// How it failed; None for a newer change of what is parked already.
     pub failed: Option<Failed>,
+    /// How it failed until now, where its rule has waited for it.
+    pub history: Option<History>,
 }
 
 /// Many in a row mean that somebody writes the document in a loop.
@@ -43,9 +45,15 @@ impl Deliveries {
         join_all(owed.iter().map(|owed| self.park_one(owed))).await
     }
 
+    /// Whether a change that failed like this is not tried again, as its rule or the settings say.
+    pub fn gives_up(&self, rule: &Rule, verdict: Verdict, history: History, now: SystemTime) -> bool {
+        let patience = self.settings.patience.of(&rule.handling.retry);
+        matches!(patience.next(verdict, history, now, 1.0), Next::Dead { .. })
+    }
+
     async fn park_one(&self, owed: &Owed) -> bool {
         let key = Key::of(&owed.rule.id, &owed.db, &owed.doc_id);
-        if !self.book.index().reserve(&key, &owed.rule.id, &owed.db, self.settings.bounds) {
+        if self.book.is_foreign() || !self.book.index().reserve(&key, &owed.rule.id, &owed.db, self.settings.bounds) {
             return false;
         }
         let _place = Place(self, owed);
@@ -91,7 +99,7 @@ impl Deliveries {
 
     /// The receiver answered 410: nothing more is sent for this revision of the rule.
     pub async fn disable(&self, rule: &Rule, db: &DbName, error: &str) {
-        if self.is_disabled(rule) {
+        if self.is_disabled(rule) || self.book.is_foreign() {
             return;
         }
         let doc = Disabled::document(&rule.id, &rule.rev, db, error, SystemTime::now());
@@ -144,8 +152,8 @@ fn merged(was: Option<Parked>, owed: &Owed, now: SystemTime, next: impl Fn(Verdi
             seq: Value::Null,
             instance_start_time: String::new(),
             attempts: 0,
-            retries: 0,
-            first_failed_at: now,
+            retries: owed.history.map_or(0, |history| history.retries),
+            first_failed_at: owed.history.map_or(now, |history| history.first_failed_at),
             last_attempt_at: None,
             next_attempt_at: Some(now),
             last_status: None,
@@ -219,6 +227,7 @@ mod tests {
             rev: rev.into(),
             seq: Seq::from("5-x"),
             failed,
+            history: None,
         }
     }
 

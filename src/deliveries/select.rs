@@ -167,8 +167,8 @@ pub struct Wishes {
     pub all: bool,
     pub new_id: bool,
     pub limit: usize,
-    /// Where the page before ended.
-    pub after: Option<Key>,
+    /// Where the page before ended, as it said.
+    pub after: Option<String>,
 }
 
 /// A page of an answer; each document is a few KB.
@@ -194,6 +194,13 @@ impl Wishes {
         Ok(wishes)
     }
 
+    /// `after`, where pages are of deliveries.
+    pub fn after_key(&self) -> Result<Option<Key>, String> {
+        let Some(after) = &self.after else { return Ok(None) };
+        let key = after.parse::<KeyPrefix>().ok().and_then(|key| key.whole());
+        key.map(Some).ok_or_else(|| String::from("after must be what `next` of the page before says"))
+    }
+
     fn take(&mut self, name: &str, value: &str) -> Result<(), String> {
         let yes_or_no = || value.parse::<bool>().map_err(|_| String::from("must be true or false"));
         match name {
@@ -208,10 +215,7 @@ impl Wishes {
                 Ok(limit @ 1..=LIMIT_MAX) => self.limit = limit,
                 _ => return Err(format!("must be a number from 1 to {LIMIT_MAX}")),
             },
-            "after" => {
-                let key = value.parse::<KeyPrefix>().ok().and_then(|key| key.whole());
-                self.after = Some(key.ok_or("must be what `next` of the page before says")?);
-            }
+            "after" => self.after = Some(value.to_string()),
             _ => return Err(String::from("is not understood")),
         }
         Ok(())
@@ -294,7 +298,7 @@ mod tests {
             "all=1",
             "RULE=a",
         ] {
-            assert!(query(text).is_err(), "{text}");
+            assert!(query(text).and_then(|wishes| wishes.after_key()).is_err(), "{text}");
         }
     }
 

@@ -14,6 +14,7 @@ use crate::db::{Instance, directory, known};
 use crate::feed::cursor::Ledger;
 use crate::job::DbName;
 use crate::rules::catalogue::Snapshot;
+use crate::rules::matching::RuleSet;
 use crate::rules::rule::Rule;
 use crate::telemetry::Metrics;
 use crate::topology;
@@ -272,7 +273,7 @@ pub struct Target {
 async fn delivered_before(
     couch: &Couch,
     spiegel_db: &str,
-    unknown: Vec<(DbName, Fingerprint, Vec<Arc<Rule>>)>,
+    unknown: Vec<(DbName, Fingerprint, Arc<RuleSet>)>,
 ) -> Vec<(DbName, Fingerprint)> {
     if unknown.is_empty() {
         return Vec::new();

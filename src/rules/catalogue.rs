@@ -2,25 +2,63 @@
 
 use crate::couch::Row;
 use crate::rules::installations::{INTERNAL, databases_of};
+use crate::rules::matching::{INDEXED_FROM, RuleSet};
 use crate::rules::pattern::PatternSet;
 use crate::rules::rule::Rule;
 use crate::topology::replicator::Replicator;
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// What the spiegel database asked for at one moment; immutable.
 #[derive(Debug, Default)]
 pub struct Snapshot {
     /// False until the spiegel database was read once.
     loaded: bool,
-    rules: Vec<Arc<Rule>>,
-    patterns: PatternSet,
+    rules: Arc<Rules>,
     replicators: Replicators,
     invalid_replicators: Arc<BTreeMap<Arc<str>, Arc<str>>>,
     invalid_rules: Arc<BTreeSet<Arc<str>>>,
     own: HashSet<String>,
+}
+
+/// Shared by snapshots until a rule changes: replicators do more often.
+#[derive(Debug, Default)]
+struct Rules {
+    /// In the order of their ids.
+    all: Vec<Arc<Rule>>,
+    patterns: PatternSet,
+    /// By their places, sets of rules that are many for one database.
+    sets: Mutex<HashMap<Vec<usize>, Arc<RuleSet>>>,
+}
+
+/// Rules that the indexes of a snapshot hold, each in as many as there are sets of rules with it. A kilobyte or two each.
+const INDEXED_RULES_MAX: usize = 20_000;
+
+impl Rules {
+    fn new(all: Vec<Arc<Rule>>) -> Self {
+        let patterns = PatternSet::new(all.iter().map(|rule| &rule.pattern));
+        Self { all, patterns, sets: Mutex::default() }
+    }
+
+    fn of(&self, db: &str) -> Arc<RuleSet> {
+        let places = self.patterns.matches(db);
+        let rules = || places.iter().filter_map(|at| self.all.get(*at).cloned()).collect();
+        if places.len() < INDEXED_FROM {
+            return Arc::new(RuleSet::plain(rules()));
+        }
+        let mut sets = self.sets.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(set) = sets.get(&places) {
+            return set.clone();
+        }
+        if sets.values().map(|set| set.len()).sum::<usize>() + places.len() > INDEXED_RULES_MAX {
+            return Arc::new(RuleSet::plain(rules()));
+        }
+        let set = Arc::new(RuleSet::indexed(rules()));
+        sets.insert(places, set.clone());
+        set
+    }
 }
 
 /// Cheap to clone: a snapshot shares it until one of them changes.
@@ -68,13 +106,12 @@ impl Snapshot {
     }
 
     pub fn rules(&self) -> &[Arc<Rule>] {
-        &self.rules
+        &self.rules.all
     }
 
     pub fn rule(&self, id: &str) -> Option<&Arc<Rule>> {
-        // In the order of their ids.
-        let at = self.rules.binary_search_by(|rule| rule.id.as_ref().cmp(id)).ok()?;
-        self.rules.get(at)
+        let at = self.rules().binary_search_by(|rule| rule.id.as_ref().cmp(id)).ok()?;
+        self.rules().get(at)
     }
 
     /// Its document is there, and cannot be used until somebody mends it.
@@ -86,7 +123,7 @@ impl Snapshot {
     pub fn rules_hash(&self) -> String {
         let replicators = &self.replicators.by_source;
         let sources: Vec<(&str, &str)> = replicators.iter().map(|replicator| (SOURCE(replicator), &*replicator.id)).collect();
-        let rules: Vec<(&str, &str)> = self.rules.iter().map(|rule| (rule.id.as_ref(), rule.rev.as_str())).collect();
+        let rules: Vec<(&str, &str)> = self.rules().iter().map(|rule| (rule.id.as_ref(), rule.rev.as_str())).collect();
         let mut hasher = DefaultHasher::new();
         (rules, sources).hash(&mut hasher);
         format!("{:016x}", hasher.finish())
@@ -101,8 +138,13 @@ impl Snapshot {
         &self.invalid_replicators
     }
 
-    pub fn rules_of(&self, db: &str) -> Vec<Arc<Rule>> {
-        self.patterns.matches(db).into_iter().map(|index| self.rules[index].clone()).collect()
+    /// Whether a rule is for it. Cheaper than to ask which.
+    pub fn has_rules_of(&self, db: &str) -> bool {
+        self.rules.patterns.any(db)
+    }
+
+    pub fn rules_of(&self, db: &str) -> Arc<RuleSet> {
+        self.rules.of(db)
     }
 
     pub fn replicators_from(&self, db: &str) -> &[Arc<Replicator>] {
@@ -121,7 +163,7 @@ impl Snapshot {
     /// Whether a change of this database means work. Those that are [own](Self::is_own) never do, whatever a rule says: a rule
     /// `.*` must not feed on what it causes itself.
     pub fn watches(&self, db: &str) -> bool {
-        !self.own.contains(db) && (!self.replicators_from(db).is_empty() || self.patterns.any(db))
+        !self.own.contains(db) && (!self.replicators_from(db).is_empty() || self.has_rules_of(db))
     }
 }
 
@@ -129,6 +171,8 @@ impl Snapshot {
 pub struct Catalogue {
     own: HashSet<String>,
     rules: BTreeMap<String, Arc<Rule>>,
+    /// The same for a snapshot; none once a rule changed.
+    shared_rules: Option<Arc<Rules>>,
     replicators: Replicators,
     /// Inserted, or taken out, since the last snapshot.
     fresh: Vec<Arc<Replicator>>,
@@ -145,6 +189,7 @@ impl Catalogue {
         Self {
             own: installations.into_iter().flat_map(databases_of).chain(INTERNAL.map(String::from)).collect(),
             rules: BTreeMap::new(),
+            shared_rules: None,
             replicators: Replicators::default(),
             fresh: Vec::new(),
             has_gone: false,
@@ -163,6 +208,9 @@ impl Catalogue {
         let doc = row.doc.as_ref().and_then(|doc| serde_json::from_str::<Value>(doc.get()).ok());
         let kind = doc.as_ref().and_then(|doc| doc.get("type")).and_then(Value::as_str).unwrap_or_default();
         let had_rule = self.rules.remove(&row.id).is_some();
+        if had_rule || kind == "on_change" {
+            self.shared_rules = None;
+        }
         let had = self.remove_replicator(&row.id) | had_rule;
         if self.invalid_replicators.contains_key(row.id.as_str()) {
             Arc::make_mut(&mut self.invalid_replicators).remove(row.id.as_str());
@@ -231,11 +279,10 @@ impl Catalogue {
         if std::mem::take(&mut self.has_gone) || !fresh.is_empty() {
             self.replicators.sort_in(&fresh);
         }
-        let rules: Vec<Arc<Rule>> = self.rules.values().cloned().collect();
+        let rules = self.shared_rules.get_or_insert_with(|| Arc::new(Rules::new(self.rules.values().cloned().collect())));
         Snapshot {
             loaded: true,
-            patterns: PatternSet::new(rules.iter().map(|rule| &rule.pattern)),
-            rules,
+            rules: rules.clone(),
             replicators: self.replicators.clone(),
             invalid_replicators: self.invalid_replicators.clone(),
             invalid_rules: self.invalid_rules.clone(),
@@ -246,8 +293,8 @@ impl Catalogue {
 
 /// Rules that are new or were edited since another snapshot: their databases have to be looked at.
 pub fn changed_rules(before: &Snapshot, after: &Snapshot) -> Vec<Arc<Rule>> {
-    let known: BTreeSet<(&str, &str)> = before.rules.iter().map(|rule| (rule.id.as_ref(), rule.rev.as_str())).collect();
-    after.rules.iter().filter(|rule| !known.contains(&(rule.id.as_ref(), rule.rev.as_str()))).cloned().collect()
+    let known: BTreeSet<(&str, &str)> = before.rules().iter().map(|rule| (rule.id.as_ref(), rule.rev.as_str())).collect();
+    after.rules().iter().filter(|rule| !known.contains(&(rule.id.as_ref(), rule.rev.as_str()))).cloned().collect()
 }
 
 #[cfg(test)]

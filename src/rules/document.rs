@@ -4,6 +4,7 @@
 //! one is asked for, and an attribute becomes a value only where a pattern or a selector tests it. Templates take texts as they
 //! are: no number loses a digit on its way to a receiver.
 
+use super::rule::js_string;
 use crate::couch::Row;
 use serde::de::{Deserialize, DeserializeSeed, Deserializer, MapAccess, Visitor};
 use serde_json::Value;
@@ -66,6 +67,20 @@ impl<'r> Document<'r> {
         let mut parts = name.split('.');
         let first = self.top(parts.next()?)?;
         parts.try_fold(first, member)
+    }
+
+    /// What a pattern of `if` is tested on; none where the attribute is null or missing.
+    pub fn tested_text(&self, name: &str) -> Option<Cow<'_, str>> {
+        match self.value(name)? {
+            Value::Null => None,
+            Value::String(text) => Some(Cow::Borrowed(text)),
+            value => Some(Cow::Owned(js_string(value))),
+        }
+    }
+
+    /// Of its own attributes; a name that the text has twice comes twice.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.attributes.get_or_init(|| attributes(self.row)).iter().map(|attribute| attribute.name.as_ref())
     }
 
     /// An attribute by its own name, dots or not.

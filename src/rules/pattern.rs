@@ -12,6 +12,7 @@ mod parse;
 mod set;
 mod units;
 
+pub use regex::RegexSet;
 use std::borrow::Cow;
 use std::sync::Arc;
 
@@ -23,6 +24,8 @@ const NESTING_MAX: usize = 50;
 const COMPILED_BYTES_MAX: usize = 4 * 1024 * 1024;
 /// Of all patterns compiled into one set; beyond it they are tested one by one.
 const SET_BYTES_MAX: usize = 64 * 1024 * 1024;
+/// What a thread remembers of such a set's search.
+const SEARCH_BYTES_MAX: usize = 8 * 1024 * 1024;
 /// A few milliseconds, of Perl's patterns. A sensible look-around stays far below.
 const BACKTRACK_MAX: usize = 100_000;
 /// A backtracking engine may read the text once for each start: longer texts are not given to it.
@@ -108,6 +111,23 @@ impl Pattern {
         &self.source
     }
 
+    /// The one text that it matches, where that is so: `^post$`.
+    pub fn whole_word(&self) -> Option<&str> {
+        match &self.engine {
+            Engine::Word(word) if word.at_start && word.at_end => Some(&word.text),
+            _ => None,
+        }
+    }
+
+    /// The same for an engine that tests many, where one can.
+    fn regex_text(&self) -> Option<Cow<'_, str>> {
+        match &self.engine {
+            Engine::Word(word) => Some(Cow::Owned(word.regex_text())),
+            Engine::Linear(regex) => Some(Cow::Borrowed(regex.as_str())),
+            Engine::Backtracking(_) | Engine::PerlLinear(_) | Engine::PerlBacktracking(_) => None,
+        }
+    }
+
     /// True where the bounded engine works: such a pattern costs more for each name.
     pub fn is_backtracking(&self) -> bool {
         matches!(self.engine, Engine::Backtracking(_) | Engine::PerlBacktracking(_))
@@ -178,12 +198,18 @@ fn last_line(text: &str) -> String {
     text.lines().last().unwrap_or_default().trim().to_string()
 }
 
+/// All patterns as one, in their order; none where the engine for many cannot take one of them, or not all within `size` bytes.
+pub fn regex_set<'a>(patterns: impl IntoIterator<Item = &'a Pattern>, size: usize, search: usize) -> Option<RegexSet> {
+    let texts = patterns.into_iter().map(Pattern::regex_text).collect::<Option<Vec<_>>>()?;
+    regex::RegexSetBuilder::new(texts).size_limit(size).dfa_size_limit(search).build().ok()
+}
+
 /// Many patterns tested at once.
 ///
 /// A pattern of the bounded engine that runs out of its bound for a name counts as matching that name: nothing may be missed.
 #[derive(Debug, Clone)]
 pub struct PatternSet {
-    set: regex::RegexSet,
+    set: RegexSet,
     /// The patterns' positions in the order of the set.
     set_positions: Vec<usize>,
     /// Patterns that are tested one by one.
@@ -193,22 +219,16 @@ pub struct PatternSet {
 impl PatternSet {
     /// The patterns are known by their position.
     pub fn new<'a>(patterns: impl IntoIterator<Item = &'a Pattern>) -> Self {
-        let mut together = Vec::new();
-        let mut singles = Vec::new();
-        for (position, pattern) in patterns.into_iter().enumerate() {
-            match &pattern.engine {
-                Engine::Word(word) => together.push((position, pattern, Cow::Owned(word.regex_text()))),
-                Engine::Linear(regex) => together.push((position, pattern, Cow::Borrowed(regex.as_str()))),
-                _ => singles.push((position, pattern.clone())),
-            }
-        }
-        let texts = together.iter().map(|(_, _, text)| text.as_ref());
-        match regex::RegexSetBuilder::new(texts).size_limit(SET_BYTES_MAX).dfa_size_limit(8 * 1024 * 1024).build() {
-            Ok(set) => Self { set, set_positions: together.iter().map(|(position, ..)| *position).collect(), singles },
+        let (together, alone): (Vec<_>, Vec<_>) =
+            patterns.into_iter().enumerate().partition(|(_, pattern)| pattern.regex_text().is_some());
+        let owned = |(position, pattern): (usize, &Pattern)| (position, pattern.clone());
+        let mut singles: Vec<(usize, Pattern)> = alone.into_iter().map(owned).collect();
+        match regex_set(together.iter().map(|(_, pattern)| *pattern), SET_BYTES_MAX, SEARCH_BYTES_MAX) {
+            Some(set) => Self { set, set_positions: together.into_iter().map(|(position, _)| position).collect(), singles },
             // Each is fine alone, together they are too large.
-            Err(_) => {
-                singles.extend(together.into_iter().map(|(position, pattern, _)| (position, pattern.clone())));
-                Self { set: regex::RegexSet::empty(), set_positions: Vec::new(), singles }
+            None => {
+                singles.extend(together.into_iter().map(owned));
+                Self { set: RegexSet::empty(), set_positions: Vec::new(), singles }
             }
         }
     }

@@ -164,6 +164,14 @@ impl Rule {
             && self.selector.as_ref().is_none_or(|selector| selector.matches(doc))
     }
 
+    /// What [matches](Self::matches) asks and no [index](super::matching) can.
+    pub(super) fn matches_beyond_index(&self, doc: &Document<'_>) -> bool {
+        self.takes_deletion(doc.row())
+            && (self.design_docs || !is_design_doc(doc.row()))
+            && self.condition.iter().filter(|test| !test.is_indexed()).all(|test| test.holds(doc))
+            && self.selector.as_ref().is_none_or(|selector| selector.matches(doc))
+    }
+
     fn takes_deletion(&self, row: &Row) -> bool {
         match self.deleted {
             DeletedFilter::Any => true,
@@ -309,13 +317,25 @@ fn is_truthy(value: &Value) -> bool {
 }
 
 impl Test {
+    pub(super) fn attribute(&self) -> &str {
+        &self.attribute
+    }
+
+    pub(super) fn pattern(&self) -> Option<&Pattern> {
+        self.pattern.as_ref()
+    }
+
+    /// Whether many of its kind can be tested together.
+    pub(super) fn is_indexed(&self) -> bool {
+        !self.pattern.as_ref().is_some_and(Pattern::is_backtracking)
+    }
+
     /// A missing or null attribute never meets a pattern; the original tested the word "undefined".
     fn holds(&self, doc: &Document<'_>) -> bool {
-        match (&self.pattern, doc.value(&self.attribute)) {
-            (None, value) => value.is_none_or(Value::is_null),
-            (Some(_), None | Some(Value::Null)) => false,
-            (Some(pattern), Some(Value::String(text))) => pattern.may_match(text),
-            (Some(pattern), Some(value)) => pattern.may_match(&js_string(value)),
+        match (&self.pattern, doc.tested_text(&self.attribute)) {
+            (None, text) => text.is_none(),
+            (Some(_), None) => false,
+            (Some(pattern), Some(text)) => pattern.may_match(&text),
         }
     }
 

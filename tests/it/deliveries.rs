@@ -8,8 +8,12 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 mod chaos;
+mod processes;
+mod waiting;
 
 use chaos::every_change_arrives_in_order_through_failures_and_kills;
+use processes::{a_try_that_the_end_cuts_off_is_made_at_once_by_the_next_process, two_processes_share_what_is_parked};
+use waiting::{a_rule_that_waits_gives_up_one_by_one, a_rule_that_waits_goes_on_where_somebody_said_so};
 
 tests_on! {
     every: [
@@ -23,6 +27,12 @@ tests_on! {
         a_database_in_order_waits_at_its_first_failure,
         given_up_is_listed,
         a_host_that_is_down_costs_few_documents,
+        what_is_dead_takes_no_place,
+        a_foreign_database_of_that_name_is_left_alone,
+        a_rule_that_waits_goes_on_where_somebody_said_so,
+        a_rule_that_waits_gives_up_one_by_one,
+        two_processes_share_what_is_parked,
+        a_try_that_the_end_cuts_off_is_made_at_once_by_the_next_process,
         every_change_arrives_in_order_through_failures_and_kills,
     ],
 }
@@ -320,6 +330,15 @@ async fn a_host_that_is_down_costs_few_documents(lab: Arc<Lab>) {
         lab.couch.bulk(db, ids.iter().map(|id| json!({ "_id": id })).collect()).await;
     }
     spiegel.said(&["host is down"]).await;
+    let host = lab.receiver.url("").trim_start_matches("http://").to_string();
+    let shown = eventually(SOON, "the status shows the host", async || {
+        let status: Value = serde_json::from_str(&spiegel.page("/status").await?.1).ok()?;
+        let hosts = status["webhooks"]["breakers"]["hosts"].as_array()?.clone();
+        hosts.into_iter().find(|shown| shown["host"] == host.as_str() && shown["next_probe"].is_string())
+    });
+    let shown = shown.await;
+    assert_eq!(shown["state"], "open", "{shown}");
+    assert!(shown["since"].is_string() && shown["reason"].as_str().is_some_and(|reason| reason.contains("503")), "{shown}");
     tokio::time::sleep(Duration::from_secs(2)).await;
     let asked = lab.receiver.count("/hook");
     tokio::time::sleep(Duration::from_secs(3)).await;
@@ -330,4 +349,46 @@ async fn a_host_that_is_down_costs_few_documents(lab: Arc<Lab>) {
     lab.receiver.answer("/", Answer::ok());
     eventually(SOON * 2, "everything is delivered", async || (lab.receiver.delivered("/hook").len() == 200).then_some(())).await;
     lab.none_is_parked().await;
+}
+
+async fn what_is_dead_takes_no_place(lab: Arc<Lab>) {
+    let (db, fails) = a_rule_that_fails(&lab, 500, &["b1", "b2"]).await;
+    lab.receiver.answer("/strict", Answer::status(422));
+    lab.rule("strict", &db, "/strict", json!({ "retry_on": [409] })).await;
+    let mut settings = QUICK.to_vec();
+    // The first is how often the dead are looked through.
+    settings.extend([("DB_ASSUME_DELETED_AFTER", "1s"), ("DELIVERIES_MAX", "3"), ("WEBHOOK_BREAKER_THRESHOLD", "0")]);
+    let spiegel = lab.spiegel_with(&settings).await;
+    let count = async |state: &str| lab.deliveries().await.iter().filter(|doc| doc["state"] == state).count();
+    write(&lab, &db, &["b1", "b2"]).await;
+    eventually(SOON, "both are parked beside the dead", async || (count("parked").await == 2).then_some(())).await;
+    for n in 0..8 {
+        write(&lab, &db, &[&format!("x{n}")]).await;
+    }
+    lab.delivered_all("/hook", &["x0", "x1", "x2", "x3", "x4", "x5", "x6", "x7"]).await;
+    eventually(SOON, "every one was refused", async || (lab.receiver.count("/strict") >= 10).then_some(())).await;
+    eventually(SOON, "as many are listed as may be", async || (count("dead").await == 3).then_some(())).await;
+    spiegel.said(&["the oldest are not listed any more"]).await;
+    assert_eq!(count("parked").await, 2, "what is owed is kept");
+    fails.store(false, Ordering::Relaxed);
+    lab.delivered_all("/hook", &["b1", "b2"]).await;
+}
+
+async fn a_foreign_database_of_that_name_is_left_alone(lab: Arc<Lab>) {
+    let (db, fails) = a_rule_that_fails(&lab, 500, &["bad"]).await;
+    lab.couch.put(&lab.deliveries_db(), "mine", json!({ "to": "Anna" })).await;
+    let spiegel = lab.spiegel_with(&QUICK).await;
+    spiegel.said(&["ERROR", "holds other documents than deliveries", &lab.deliveries_db()]).await;
+    write(&lab, &db, &["a"]).await;
+    lab.delivered_all("/hook", &["a"]).await;
+    write(&lab, &db, &["bad"]).await;
+    eventually(SOON, "the rule waits", async || {
+        let doc = lab.couch.get(&lab.spiegel_db(), &format!("spiegel_cl_{db}")).await?;
+        doc["dirty_at"].is_string().then_some(())
+    })
+    .await;
+    let docs = lab.deliveries().await;
+    assert_eq!(docs.iter().map(|doc| &doc["_id"]).collect::<Vec<_>>(), ["mine"], "nothing is written there");
+    fails.store(false, Ordering::Relaxed);
+    lab.delivered_all("/hook", &["bad"]).await;
 }

@@ -404,6 +404,17 @@ async fn the_api_lists_and_acts(lab: Arc<Lab>) {
         "parked": 2, "disabled": false });
     assert_eq!(mail, &expected);
     assert!(rules.iter().any(|rule| rule["id"] == "gone/rule" && rule["disabled"] == true), "{page}");
+    let (mut seen, mut path) = (Vec::new(), String::from("/rules?limit=1"));
+    loop {
+        let (_, page) = api.ask("GET", &path).await;
+        seen.extend(page["rules"].as_array().expect("a list").clone());
+        match page["next"].as_str() {
+            Some(next) => path = format!("/rules?limit=1&after={next}"),
+            None => break,
+        }
+    }
+    assert_eq!(&seen, rules, "page by page");
+    assert_eq!(api.ask("GET", "/rules?rule=mail").await.0, 400);
     let status: Value = serde_json::from_str(&spiegel.page("/status").await.expect("a page").1).expect("JSON");
     let expected = json!({ "parked": 3, "dead": 1, "dropped": 1, "parked_by_rule": { "mail": 2, "sms": 1 },
         "disabled_rules": ["gone/rule"] });
