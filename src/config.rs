@@ -28,6 +28,8 @@ pub struct Settings {
     pub namespace: String,
     pub passwords_file: Option<PathBuf>,
     pub secrets_file: Option<PathBuf>,
+    pub role: Role,
+    pub roles: RoleSettings,
     pub feed: FeedSettings,
     pub debounce: DebounceSettings,
     pub db: DbSettings,
@@ -42,6 +44,50 @@ pub struct Settings {
     pub admin_listen: Option<SocketAddr>,
     pub shutdown_deadline: Duration,
     pub log: LogSettings,
+}
+
+/// Which part of the work a process does. Processes of different roles meet in the documents of the spiegel database alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    Everything,
+    /// Marks what changed as dirty.
+    UpdateListener,
+    /// Takes dirty `change_listener` documents by locking them, and delivers.
+    ChangeListener,
+    /// Takes dirty `replicator` documents by locking them, and replicates.
+    Replicator,
+}
+
+impl Role {
+    pub const ALL: [Role; 4] = [Role::Everything, Role::UpdateListener, Role::ChangeListener, Role::Replicator];
+
+    pub fn of(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|role| role.name() == name)
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Role::Everything => "everything",
+            Role::UpdateListener => "update-listener",
+            Role::ChangeListener => "change-listener",
+            Role::Replicator => "replicator",
+        }
+    }
+}
+
+/// For a process with one role.
+#[derive(Debug, Clone)]
+pub struct RoleSettings {
+    /// Databases that an update-listener marks together, at most.
+    pub batch_size: usize,
+    /// How long it gathers them, from the first one.
+    pub batch_timeout: Duration,
+    /// Documents that a worker has locked at once.
+    pub concurrency: usize,
+    /// How long somebody else's lock counts.
+    pub retry_after: Duration,
+    /// How often stale locks are looked for.
+    pub check_stalled: Duration,
 }
 
 #[derive(Debug, Clone)]

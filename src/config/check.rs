@@ -3,7 +3,7 @@
 use super::layers::{Given, Layers, Origin, Raw, URL_KEY};
 use super::{
     ConfigErrors, DbSettings, DebounceSettings, DeliverySettings, EngineChoice, FeedSettings, LogFormat, LogSettings,
-    ReplicationSettings, Retry, Settings, WebhookSettings,
+    ReplicationSettings, Retry, Role, RoleSettings, Settings, WebhookSettings,
 };
 use crate::couch::CouchSettings;
 use crate::vault::split_credentials;
@@ -71,6 +71,14 @@ impl Reader {
             namespace: self.namespace(),
             passwords_file: self.path("passwords_file"),
             secrets_file: self.path("secrets_file"),
+            role: self.role(),
+            roles: RoleSettings {
+                batch_size: self.size("roles.batch_size", 1..=BATCH_MAX),
+                batch_timeout: self.duration("roles.batch_timeout", NONE..=YEAR),
+                concurrency: self.size("roles.concurrency", 1..=CONCURRENCY_MAX),
+                retry_after: self.duration("roles.retry_after", MOMENT..=YEAR),
+                check_stalled: self.duration("roles.check_stalled", MOMENT..=YEAR),
+            },
             feed: FeedSettings {
                 heartbeat: self.duration("feed.heartbeat", HEARTBEAT_MIN..=YEAR),
                 save_seq_after: self.duration("feed.save_seq_after", MOMENT..=YEAR),
@@ -418,6 +426,15 @@ impl Reader {
                 self.default_text("log.level")
             }
         }
+    }
+
+    fn role(&mut self) -> Role {
+        Role::of(&self.text("role").to_lowercase()).unwrap_or_else(|| {
+            let (_, shown) = self.given("role");
+            let allowed = Role::ALL.map(Role::name).join(", ");
+            self.refuse("role", format!("{shown} is not a role: allowed are {allowed}"));
+            Role::Everything
+        })
     }
 
     fn engine(&mut self) -> EngineChoice {
