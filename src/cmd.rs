@@ -250,7 +250,9 @@ impl CommandLine {
         };
         let sources = Sources { environment, flags: self.flags, original };
         match sources.original.is_some() && !sources.name_couchdb() {
-            true => Err(misused(String::from("--url (or the variable URL) is missing: http://user:password@host:5984"))),
+            true => Err(misused(String::from(
+                "--url (or the variable URL) is missing: the address of CouchDB, with an admin and the password",
+            ))),
             false => Ok(Resolved::Args(Box::new(Args { command, sources }))),
         }
     }
@@ -418,7 +420,8 @@ mod tests {
         let run = Command::Run { install: false };
         let url = ("URL", "http://h");
         let kind = |kind| ("TYPE", kind);
-        let cases: [(&[(&str, &str)], &str, Result<Command, Exit>); 31] = [
+        type Case<'a> = (&'a [(&'a str, &'a str)], &'a str, Result<Command, Exit>);
+        let cases: [Case<'_>; 31] = [
             (&[], "spiegel --type=install --url=http://h", Ok(Command::Install)),
             (&[], "spiegel --type uninstall --url http://h", Ok(Command::Uninstall)),
             (&[], "spiegel --url=http://h --type=update-listener --batch-size 5 --batch-timeout=7", Ok(run.clone())),

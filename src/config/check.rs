@@ -449,10 +449,10 @@ impl Reader {
         // The original's logger takes numbers, and shows what is at or above them.
         if let Ok(number @ 1..=1000) = level.parse::<u32>() {
             let name = match number {
-                ..=10 => "trace",
-                ..=20 => "debug",
-                ..=30 => "info",
-                ..=40 => "warn",
+                1..=10 => "trace",
+                11..=20 => "debug",
+                21..=30 => "info",
+                31..=40 => "warn",
                 _ => "error",
             };
             return String::from(name);

@@ -19,8 +19,8 @@ pub struct Bunyan {
 
 impl Bunyan {
     pub fn of_this_process() -> Self {
-        let of_kernel = std::fs::read_to_string("/proc/sys/kernel/hostname").ok();
-        let named = of_kernel.or_else(|| std::env::var("HOSTNAME").ok()).map(|name| name.trim().to_string());
+        let files = ["/proc/sys/kernel/hostname", "/etc/hostname"];
+        let named = files.into_iter().find_map(|file| std::fs::read_to_string(file).ok()).map(|name| name.trim().to_string());
         Self {
             hostname: named.filter(|name| !name.is_empty()).unwrap_or_else(|| String::from("unknown")),
             pid: std::process::id(),
