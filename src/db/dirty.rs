@@ -41,6 +41,11 @@ impl Seen {
         let updated_at = doc.map_or(Value::Null, |doc| doc["updated_at"].clone());
         Self { is_unlocked: doc.is_none_or(|doc| !is_set(&doc["locked_at"])), updated_at, generation: doc.map_or(0, generation) }
     }
+
+    /// Somebody wrote it since.
+    pub fn is_older_than(&self, doc: Option<&Value>) -> bool {
+        self.generation != doc.map_or(0, generation)
+    }
 }
 
 /// The number before the dash of a revision.

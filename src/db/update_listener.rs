@@ -418,14 +418,15 @@ impl Marker {
         let mut is_first_look = true;
         let mut conflicts = 0;
         while !left.is_empty() {
-            let (found, taken) = self.look(&mut left).await?;
+            let Look { found, is_seen_to, is_disturbed } = self.look(&mut left).await?;
             let found = self.without_missing_databases(found, may_be_gone, &mut marked).await;
             left.retain(|subject, _| !marked.unmade.contains(subject));
-            // A conflict may be a worker's as well; that is through with it, and marked nothing.
-            match (taken, conflicts) {
-                (0, _) => {}
-                (_, 0) => self.pace().followed(),
-                _ => self.pace().conflict(fastrand::f64()),
+            // A conflict may be a worker's as well, who marks nothing.
+            match conflicts {
+                0 if is_seen_to || is_disturbed => self.pace().followed(),
+                0 => {}
+                _ if is_seen_to => self.pace().conflict(fastrand::f64()),
+                _ => {}
             }
             if found.is_empty() {
                 break;
@@ -440,7 +441,7 @@ impl Marker {
             let conflicted = self.write(found, &mut marked).await?;
             left.retain(|subject, _| conflicted.contains(subject));
             if conflicted.is_empty() {
-                if taken == 0 && conflicts == 0 {
+                if !is_seen_to && !is_disturbed && conflicts == 0 {
                     self.pace().led();
                 }
                 break;
@@ -451,27 +452,32 @@ impl Marker {
         Ok(marked)
     }
 
-    /// What is to be written of those that are left, and how many others have seen to since the last look. Those that need
-    /// nothing are left no more.
-    async fn look(&self, left: &mut BTreeMap<Subject, Option<Seen>>) -> Result<(Vec<(Subject, Value)>, usize), Gone> {
+    /// What is to be written of those that are left. Those that need nothing are left no more.
+    async fn look(&self, left: &mut BTreeMap<Subject, Option<Seen>>) -> Result<Look, Gone> {
         let docs = self.arguments.checkpoints.load_all(left.keys().map(Subject::id)).await?;
         let now = SystemTime::now();
-        let mut found = Vec::new();
-        let mut taken = 0;
+        let mut look = Look::default();
         let mut done = HashSet::new();
         for ((subject, seen), doc) in left.iter_mut().zip(docs) {
-            match mark(subject, doc.as_ref(), seen.as_ref(), now) {
-                Marking::Write(marked) => found.push((subject.clone(), marked)),
-                Marking::IsGone => _ = done.insert(subject.clone()),
-                Marking::IsDirty | Marking::IsTaken => {
-                    taken += usize::from(seen.is_some());
-                    done.insert(subject.clone());
+            let is_done = match mark(subject, doc.as_ref(), seen.as_ref(), now) {
+                Marking::Write(marked) => {
+                    look.is_disturbed |= seen.as_ref().is_some_and(|seen| seen.is_older_than(doc.as_ref()));
+                    look.found.push((subject.clone(), marked));
+                    false
                 }
+                Marking::IsDirty | Marking::IsTaken => {
+                    look.is_seen_to |= seen.is_some();
+                    true
+                }
+                Marking::IsGone => true,
+            };
+            if is_done {
+                done.insert(subject.clone());
             }
             seen.get_or_insert_with(|| Seen::of(doc.as_ref()));
         }
         left.retain(|subject, _| !done.contains(subject));
-        Ok((found, taken))
+        Ok(look)
     }
 
     /// A deleted database gets no change listener, which would only have to be deleted again.
@@ -514,6 +520,15 @@ impl Marker {
         }
         Ok(conflicted)
     }
+}
+
+#[derive(Debug, Default)]
+struct Look {
+    found: Vec<(Subject, Value)>,
+    /// Since the last look somebody else has done what was to be done of one of them,
+    is_seen_to: bool,
+    /// or has written one that is still to be written.
+    is_disturbed: bool,
 }
 
 /// What became of a batch, beside those that say now that there is work.

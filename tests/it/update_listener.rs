@@ -41,7 +41,13 @@ fn variables(lab: &Lab) -> BTreeMap<String, String> {
 }
 
 async fn start(lab: &Lab) -> Spiegel {
-    let mut listener = Spiegel::start_unready_as(variables(lab), &["container"]);
+    start_with(lab, &[]).await
+}
+
+async fn start_with(lab: &Lab, more: &[(&str, &str)]) -> Spiegel {
+    let mut variables = variables(lab);
+    variables.extend(more.iter().map(|(name, value)| (name.to_string(), value.to_string())));
+    let mut listener = Spiegel::start_unready_as(variables, &["container"]);
     listener.wait_ready().await;
     listener
 }
@@ -58,12 +64,15 @@ async fn is_dirty(lab: &Lab, id: &str) -> Option<Value> {
     doc(lab, id).await.filter(|doc| doc["dirty"] == json!(true))
 }
 
-/// As a worker does when it is through.
+/// As a worker does: it locks, works, and is through.
 async fn clean(lab: &Lab, id: &str) {
-    let mut found = doc(lab, id).await.expect("a document");
-    found["dirty"] = json!(false);
-    found["locked_at"] = json!(null);
-    lab.couch.put(&lab.spiegel_db(), id, found).await;
+    for is_locked in [true, false] {
+        let mut found = doc(lab, id).await.expect("a document");
+        found["updated_at"] = json!(format!("2026-01-01T00:00:00.{:09}Z", fastrand::u32(0..1_000_000_000)));
+        found["locked_at"] = if is_locked { found["updated_at"].clone() } else { json!(null) };
+        found["dirty"] = json!(is_locked);
+        lab.couch.put(&lab.spiegel_db(), id, found).await;
+    }
 }
 
 async fn changes_make_documents_dirty_in_the_original_s_words(lab: Arc<Lab>) {
@@ -180,7 +189,8 @@ async fn two_update_listeners_seldom_write_the_same(lab: Arc<Lab>) {
     for number in 0..4 {
         dbs.push(lab.create(&format!("source{number}")).await);
     }
-    let listeners = [start(&lab).await, start(&lab).await];
+    let as_there = [("SAVE_SEQ_AFTER", "60")];
+    let listeners = [start_with(&lab, &as_there).await, start_with(&lab, &as_there).await];
     let conflicts = async || {
         let mut all = 0.0;
         for listener in &listeners {
@@ -276,7 +286,14 @@ async fn what_couchdb_refuses_is_told_once_and_tried_again(lab: Arc<Lab>) {
     let told = || listener.log().iter().filter(|line| line["id"] == "refused").count();
     eventually(SOON, "a line", async || (told() > 0).then_some(())).await;
     stays(Duration::from_secs(3), "one line", async || told() == 1).await;
-    assert!(listener.metric("pending_databases").await >= 1.0, "it is owed");
+    eventually(SOON, "it is owed", async || (listener.metric("pending_databases").await >= 1.0).then_some(())).await;
+    let position = async || doc(&lab, "global_lastSeq").await.expect("a position")["value"].clone();
+    let before = position().await;
+    clean(&lab, "fine").await;
+    lab.couch.put(&others, "b", json!({})).await;
+    eventually(SOON, "the other one again", async || is_dirty(&lab, "fine").await).await;
+    stays(Duration::from_secs(1), "the position", async || position().await == before).await;
     faults.clear();
     eventually(SOON, "marked after all", async || is_dirty(&lab, "refused").await).await;
+    eventually(SOON, "the position moves on", async || (position().await != before).then_some(())).await;
 }
