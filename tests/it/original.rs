@@ -2,7 +2,7 @@
 
 use crate::support::process::{Output, Spiegel, one_shot};
 use crate::support::{Lab, SOON, eventually, tests_on};
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,6 +14,8 @@ tests_on! {
         every_type_of_service_runs_until_a_signal,
         nothing_installed_ends_a_service,
     ],
+    // The commands name no database of the test's own.
+    private: [the_tutorial_s_commands_do_what_it_says],
 }
 
 /// The image's command, where `docker run` names none.
@@ -126,4 +128,56 @@ async fn nothing_installed_ends_a_service(lab: Arc<Lab>) {
     let started = async || lab.couch.exists(&lab.spiegel_db()).await.then_some(());
     ends_well(&variables(&lab, "install", &[]), IMAGE).await;
     eventually(SOON, "the database", started).await;
+}
+
+/// Exactly the tutorial's variables, two of each service, its two documents and a post.
+async fn the_tutorial_s_commands_do_what_it_says(lab: Arc<Lab>) {
+    let directory = tempfile::tempdir().expect("a directory");
+    let passwords = |name: &str, user: &str, password: &str| {
+        let path = directory.path().join(name);
+        std::fs::write(&path, json!({ "127.0.0.1": { user: password } }).to_string()).expect("written");
+        path.to_str().expect("text").to_string()
+    };
+    let for_api = passwords("change-listener-passwords.json", "user", "secret");
+    let for_couch = passwords("replicator-passwords.json", &lab.couch.user, &lab.couch.password);
+    let url = lab.couch.url();
+
+    ends_well(&given(&[("TYPE", "install"), ("URL", &url)]), IMAGE).await;
+    assert!(lab.couch.exists("spiegel").await);
+    assert!(lab.couch.get("_global_changes", "_design/sieve").await.is_some());
+    let services = [
+        given(&[("TYPE", "update-listener"), ("URL", &url)]),
+        given(&[("TYPE", "change-listener"), ("URL", &url), ("PASSWORDS_FILE", &for_api)]),
+        given(&[("TYPE", "replicator"), ("URL", &url), ("PASSWORDS_FILE", &for_couch)]),
+    ];
+    let mut replicas: Vec<Spiegel> = services.iter().flat_map(|service| [service, service]).cloned().map(start).collect();
+    for replica in &replicas {
+        replica.said(&["spiegel is running"]).await;
+    }
+    for db in ["user_anna", "all_blog_posts"] {
+        lab.couch.create(db).await;
+    }
+    let rule = json!({
+        "type": "on_change", "db_name": "^all_blog_posts$", "url": lab.receiver.url_for_user("user", "/calc-stats"),
+        "params": { "change": "$change" }, "method": "PUT", "debounce": true,
+    });
+    lab.couch.put("spiegel", "all_blog_posts_on_change", rule).await;
+    let (source, target) = (lab.couch.url_for_user("user_anna"), lab.couch.url_for_user("all_blog_posts"));
+    lab.couch.put("spiegel", "anna", json!({ "type": "replicator", "source": source, "target": target })).await;
+    lab.couch.put("user_anna", "post", json!({ "title": "hello" })).await;
+
+    let replicated = async || lab.couch.get("all_blog_posts", "post").await;
+    eventually(SOON * 2, "the post among all posts", replicated).await;
+    let told = async || lab.receiver.requests_at("/calc-stats").into_iter().find(|request| request.doc_id() == "post");
+    let request = eventually(SOON * 2, "its statistics", told).await;
+    assert_eq!(request.header("authorization"), "Basic dXNlcjpzZWNyZXQ=", "user:secret");
+    for replica in &mut replicas {
+        replica.stop().await;
+    }
+    ends_well(&given(&[("TYPE", "uninstall"), ("URL", &url)]), IMAGE).await;
+    assert!(!lab.couch.exists("spiegel").await);
+}
+
+fn start(variables: BTreeMap<String, String>) -> Spiegel {
+    Spiegel::start_unready_as(variables, IMAGE)
 }
