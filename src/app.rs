@@ -20,8 +20,7 @@ use crate::couch::Couch;
 use crate::db::directory::{self, DbDirectory};
 use crate::db::listen::Tools;
 use crate::db::rule_health::RuleHealth;
-use crate::db::update_listener::{self, Replicators, UpdateListener};
-use crate::db::{self, Shared};
+use crate::db::{self, Shared, update_listener};
 use crate::deliveries::{self, Book, Deliveries, DeliveriesActor};
 use crate::feed::cursor::Ledger;
 use crate::feed::sweep::Scope;
@@ -357,12 +356,6 @@ impl State {
                 actor.get_cell()
             }
             Child::UpdateListener => {
-                let queue = Arc::new(update_listener::Queue::default());
-                let replicators = update_listener::ReplicatorsArguments {
-                    queue: queue.clone(),
-                    snapshot: publish.subscribe(),
-                    local_url: couch.settings().url.clone(),
-                };
                 let arguments = update_listener::Arguments {
                     couch: couch.clone(),
                     checkpoints: needed(&self.built.checkpoints)?,
@@ -372,12 +365,11 @@ impl State {
                     batch_size: settings.roles.batch_size,
                     batch_timeout: settings.roles.batch_timeout,
                 };
-                let (actor, _) = Actor::spawn_linked(None, UpdateListener, (arguments, queue), supervisor).await?;
-                let cell = actor.get_cell();
-                let (topology, _) = Actor::spawn_linked(None, Replicators, replicators, cell.clone()).await?;
-                self.built.topology = Some(topology);
-                self.built.directory = Some(actor);
-                cell
+                let local_url = couch.settings().url.clone();
+                let (listener, replicators) = update_listener::spawn(arguments, local_url, supervisor).await?;
+                self.built.topology = Some(replicators);
+                self.built.directory = Some(listener.clone());
+                listener.get_cell()
             }
             Child::GlobalChanges => {
                 let arguments = feed::Arguments {

@@ -14,7 +14,7 @@ use crate::rules::catalogue::Snapshot;
 use crate::schedule::backoff::Backoff;
 use crate::topology;
 use crate::vault::redact_text;
-use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
+use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, SpawnErr, SupervisionEvent};
 use serde_json::Value;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -34,6 +34,18 @@ pub struct Arguments {
     /// Databases that are marked together.
     pub batch_size: usize,
     pub batch_timeout: Duration,
+}
+
+/// What stands for the directory, and what for the topology.
+pub type Mailboxes = (ActorRef<directory::Message>, ActorRef<topology::Message>);
+
+/// `local_url` is the watched server's: a replicator whose source is elsewhere is marked with each sweep.
+pub async fn spawn(arguments: Arguments, local_url: Url, supervisor: ActorCell) -> Result<Mailboxes, SpawnErr> {
+    let queue = Arc::new(Queue::default());
+    let replicators = ReplicatorsState { queue: queue.clone(), snapshot: arguments.snapshot.clone(), local_url };
+    let (listener, _) = Actor::spawn_linked(None, UpdateListener, (arguments, queue), supervisor).await?;
+    let (replicators, _) = Actor::spawn_linked(None, Replicators, replicators, listener.get_cell()).await?;
+    Ok((listener, replicators))
 }
 
 /// The mailbox that stands where the directory stands in a process that does everything.
@@ -83,12 +95,8 @@ impl Actor for UpdateListener {
             // Nothing of ours is in memory only.
             directory::Message::AwaitDurable { reply } => drop(reply.send(())),
             directory::Message::Stop => state.queue.stop(),
-            // For the directory itself.
-            directory::Message::Idle { .. }
-            | directory::Message::Respawn { .. }
-            | directory::Message::Tick
-            | directory::Message::Durable { .. }
-            | directory::Message::DurableLoaded => {}
+            // The rest is for the directory itself.
+            _ => {}
         }
         Ok(())
     }
@@ -111,23 +119,22 @@ impl Actor for UpdateListener {
 /// The mailbox that stands where the topology stands: replicators that no database's change tells of.
 pub struct Replicators;
 
-pub struct ReplicatorsArguments {
-    pub queue: Arc<Queue>,
-    pub snapshot: watch::Receiver<Arc<Snapshot>>,
-    /// The watched server: a replicator whose source is elsewhere is marked with each sweep.
-    pub local_url: Url,
+pub struct ReplicatorsState {
+    queue: Arc<Queue>,
+    snapshot: watch::Receiver<Arc<Snapshot>>,
+    local_url: Url,
 }
 
 impl Actor for Replicators {
     type Msg = topology::Message;
-    type State = ReplicatorsArguments;
-    type Arguments = ReplicatorsArguments;
+    type State = ReplicatorsState;
+    type Arguments = ReplicatorsState;
 
     async fn pre_start(
         &self,
         _: ActorRef<topology::Message>,
-        arguments: ReplicatorsArguments,
-    ) -> Result<ReplicatorsArguments, ActorProcessingErr> {
+        arguments: ReplicatorsState,
+    ) -> Result<ReplicatorsState, ActorProcessingErr> {
         Ok(arguments)
     }
 
@@ -135,7 +142,7 @@ impl Actor for Replicators {
         &self,
         _: ActorRef<topology::Message>,
         message: topology::Message,
-        state: &mut ReplicatorsArguments,
+        state: &mut ReplicatorsState,
     ) -> Result<(), ActorProcessingErr> {
         let snapshot = state.snapshot.borrow().clone();
         match message {
@@ -152,13 +159,7 @@ impl Actor for Replicators {
             | topology::Message::SourceChanged { done, .. }
             | topology::Message::Shutdown { done } => drop(done.send(())),
             // Nothing runs here.
-            topology::Message::Documents
-            | topology::Message::RunEnded { .. }
-            | topology::Message::CannotRun { .. }
-            | topology::Message::Saved { .. }
-            | topology::Message::Tick
-            | topology::Message::Count
-            | topology::Message::Status { .. } => {}
+            _ => {}
         }
         Ok(())
     }
