@@ -4,8 +4,10 @@
 //! too many restarts in a window end the process. The last stage is started first, and the first stage is drained first.
 
 pub mod couch_health;
+mod delivery_settings;
 mod operations;
 pub mod restart;
+mod signals;
 mod status;
 mod stop;
 #[cfg(all(test, feature = "dev"))]
@@ -14,14 +16,12 @@ mod tests;
 
 use crate::admin::{self, Admin};
 use crate::checkpoints::{self, Checkpoints, CheckpointsActor};
-use crate::config::{self, Settings};
+use crate::config::{Role, Settings};
 use crate::couch::Couch;
 use crate::db::directory::{self, DbDirectory};
 use crate::db::listen::Tools;
 use crate::db::rule_health::RuleHealth;
-use crate::db::{self, Shared};
-use crate::deliveries::index::Bounds;
-use crate::deliveries::patience::Patience;
+use crate::db::{self, Shared, update_listener};
 use crate::deliveries::{self, Book, Deliveries, DeliveriesActor};
 use crate::feed::cursor::Ledger;
 use crate::feed::sweep::Scope;
@@ -29,7 +29,6 @@ use crate::feed::{self, GlobalChangesActor, sweep};
 use crate::replicate::native::{NativeEngine, NativeSettings};
 use crate::replicate::{CouchEngine, Engines, Replicator};
 use crate::rules::catalogue::Snapshot;
-use crate::rules::handling::Strategy;
 use crate::rules::{self, RulesActor};
 use crate::schedule::Pool;
 use crate::schedule::backoff::Backoff;
@@ -41,6 +40,7 @@ use anyhow::Context;
 use couch_health::CouchHealth;
 use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, SupervisionEvent};
 use restart::{Child, Decision, Restarts, to_rebuild};
+pub use signals::Signals;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -111,10 +111,10 @@ impl Actor for Supervisor {
 
     async fn pre_start(&self, myself: ActorRef<Message>, world: Arc<World>) -> Result<State, ActorProcessingErr> {
         let mut state = State {
+            missing: Child::all_of(world.settings.role),
             world,
             built: Built::default(),
             cells: HashMap::new(),
-            missing: Child::ALL.to_vec(),
             restarts: Restarts::default(),
             generation: 0,
             is_stopping: false,
@@ -170,7 +170,7 @@ impl Actor for Supervisor {
         if state.is_stopping {
             return Ok(());
         }
-        for gone in to_rebuild(child).into_iter().rev() {
+        for gone in to_rebuild(child, state.world.settings.role).into_iter().rev() {
             if let Some(cell) = state.cells.remove(&gone)
                 && gone != child
             {
@@ -363,6 +363,22 @@ impl State {
                 self.built.directory = Some(actor.clone());
                 actor.get_cell()
             }
+            Child::UpdateListener => {
+                let arguments = update_listener::Arguments {
+                    couch: couch.clone(),
+                    checkpoints: needed(&self.built.checkpoints)?,
+                    snapshot: publish.subscribe(),
+                    debts: ledger.clone(),
+                    backoff,
+                    batch_size: settings.roles.batch_size,
+                    batch_timeout: settings.roles.batch_timeout,
+                };
+                let local_url = couch.settings().url.clone();
+                let (listener, replicators) = update_listener::spawn(arguments, local_url, supervisor).await?;
+                self.built.topology = Some(replicators);
+                self.built.directory = Some(listener.clone());
+                listener.get_cell()
+            }
             Child::GlobalChanges => {
                 let arguments = feed::Arguments {
                     couch: couch.clone(),
@@ -394,29 +410,8 @@ impl State {
 
 impl State {
     fn deliveries(&self) -> Result<Deliveries, ActorProcessingErr> {
-        let settings = delivery_settings(&self.world.settings);
+        let settings = delivery_settings::of(&self.world.settings);
         Ok(Deliveries::new(self.world.book.clone(), needed(&self.built.delivery_store)?, Arc::new(settings)))
-    }
-}
-
-fn delivery_settings(settings: &Settings) -> deliveries::Settings {
-    let config::DeliverySettings { retry, max, max_per_rule_and_database, retention } = settings.deliveries.clone();
-    let tries = settings.webhook.fast_retries.saturating_add(1);
-    deliveries::Settings {
-        patience: Patience {
-            strategy: if retry.exponential { Strategy::Exponential } else { Strategy::Linear },
-            delay: retry.delay,
-            multiplier: retry.multiplier,
-            cap: retry.cap,
-            limit: retry.limit,
-            give_up_after: retry.give_up_after,
-        },
-        bounds: Bounds { all: max, per_rule_and_database: max_per_rule_and_database },
-        retention,
-        assume_deleted_after: settings.db.assume_deleted_after,
-        // As long as a delivery may take with its fast retries, and a while in its host's queue.
-        lease: (settings.webhook.timeout + settings.webhook.retry_cap) * tries + Duration::from_secs(10),
-        attempt_max: settings.webhook.timeout,
     }
 }
 
@@ -452,7 +447,7 @@ pub async fn run(app: App, mut signals: Signals) -> anyhow::Result<()> {
         () = running.stop() => {}
         signal = signals.next() => {
             tracing::warn!(signal, "a second signal, ending at once");
-            end_at_once()
+            signals::end_at_once()
         }
     }
     tracing::info!("stopped");
@@ -491,7 +486,14 @@ impl App {
         let admin = match world.settings.admin_listen {
             Some(listen) => {
                 let serving = admin::serve(listen, status::pages(&world), admin_stop.clone()).await;
-                Some(serving.with_context(|| format!("listen on admin.listen {listen}"))?)
+                match serving {
+                    // The original has no port, so nobody sees to one for each of its processes.
+                    Err(error) if is_taken(&error) && world.settings.role != Role::Everything => {
+                        tracing::warn!(%listen, "admin.listen is taken by another process, going on without the admin pages");
+                        None
+                    }
+                    serving => Some(serving.with_context(|| format!("listen on admin.listen {listen}"))?),
+                }
             }
             None => None,
         };
@@ -512,6 +514,10 @@ impl App {
     }
 }
 
+fn is_taken(error: &std::io::Error) -> bool {
+    error.kind() == std::io::ErrorKind::AddrInUse
+}
+
 impl Running {
     /// Comes back only where too many crashes ended the Supervisor.
     pub async fn gave_up(&mut self) {
@@ -528,30 +534,5 @@ impl Running {
         let _ = supervisor.stop_and_wait(None, Some(Duration::from_millis(200))).await;
         admin_stop.cancel();
         drop(admin);
-    }
-}
-
-#[allow(clippy::disallowed_methods, reason = "somebody who asks twice wants no orderly end")]
-fn end_at_once() -> ! {
-    std::process::exit(130)
-}
-
-/// Heard from its making on.
-pub struct Signals {
-    term: tokio::signal::unix::Signal,
-    int: tokio::signal::unix::Signal,
-}
-
-impl Signals {
-    pub fn new() -> anyhow::Result<Self> {
-        use tokio::signal::unix::{SignalKind, signal};
-        Ok(Self { term: signal(SignalKind::terminate())?, int: signal(SignalKind::interrupt())? })
-    }
-
-    pub async fn next(&mut self) -> &'static str {
-        tokio::select! {
-            _ = self.term.recv() => "SIGTERM",
-            _ = self.int.recv() => "SIGINT",
-        }
     }
 }

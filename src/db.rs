@@ -7,14 +7,17 @@
 pub mod debounce;
 pub mod deliver;
 pub mod directory;
+pub mod dirty;
 pub mod durable;
 pub mod failing;
 pub mod gather;
 pub mod known;
 pub mod late;
 pub mod listen;
+pub mod pace;
 pub mod positions;
 pub mod rule_health;
+pub mod update_listener;
 
 use crate::couch::fingerprint::Fingerprint;
 use crate::job::{Claim, DbName, Debts};

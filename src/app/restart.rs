@@ -1,5 +1,6 @@
 //! What a child's end means: the pure core of the Supervisor.
 
+use crate::config::Role;
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
@@ -15,11 +16,13 @@ pub enum Child {
     ReplicatorPool,
     Topology,
     DbDirectory,
+    /// Stands where the topology and the directory stand in a process that does everything.
+    UpdateListener,
     GlobalChanges,
 }
 
 impl Child {
-    pub const ALL: [Child; 10] = [
+    pub const ALL: [Child; 11] = [
         Child::CouchHealth,
         Child::Rules,
         Child::Checkpoints,
@@ -29,8 +32,21 @@ impl Child {
         Child::ReplicatorPool,
         Child::Topology,
         Child::DbDirectory,
+        Child::UpdateListener,
         Child::GlobalChanges,
     ];
+
+    /// Those of a process with this role, in their order.
+    pub fn all_of(role: Role) -> Vec<Child> {
+        let is_of = |child: &Child| match role {
+            Role::UpdateListener => {
+                use Child::*;
+                matches!(child, CouchHealth | Rules | Checkpoints | UpdateListener | GlobalChanges)
+            }
+            Role::Everything | Role::ChangeListener | Role::Replicator => *child != Child::UpdateListener,
+        };
+        Self::ALL.into_iter().filter(is_of).collect()
+    }
 
     /// Whose handles it holds. CouchHealth and Rules publish through channels that the Supervisor owns, so nobody needs them.
     pub fn needs(self) -> &'static [Child] {
@@ -40,7 +56,8 @@ impl Child {
             Child::Deliveries => &[Child::DeliveryStore, Child::WebhookPool],
             Child::Topology => &[Child::Checkpoints, Child::ReplicatorPool],
             Child::DbDirectory => &[Child::Checkpoints, Child::DeliveryStore, Child::WebhookPool, Child::Topology],
-            Child::GlobalChanges => &[Child::Checkpoints, Child::Topology, Child::DbDirectory],
+            Child::UpdateListener => &[Child::Checkpoints],
+            Child::GlobalChanges => &[Child::Checkpoints, Child::Topology, Child::DbDirectory, Child::UpdateListener],
         }
     }
 
@@ -55,15 +72,16 @@ impl Child {
             Child::ReplicatorPool => "replicator_pool",
             Child::Topology => "topology",
             Child::DbDirectory => "db_directory",
+            Child::UpdateListener => "update_listener",
             Child::GlobalChanges => "global_changes",
         }
     }
 }
 
 /// The failed child and all that need it, directly or not, in the order in which they are started.
-pub fn to_rebuild(failed: Child) -> Vec<Child> {
+pub fn to_rebuild(failed: Child, role: Role) -> Vec<Child> {
     let mut rebuild = vec![failed];
-    for child in Child::ALL {
+    for child in Child::all_of(role) {
         if child != failed && child.needs().iter().any(|need| rebuild.contains(need)) {
             rebuild.push(child);
         }
@@ -122,8 +140,9 @@ mod tests {
             (GlobalChanges, &[GlobalChanges]),
         ];
         for (failed, expected) in cases {
-            assert_eq!(to_rebuild(failed), expected, "{failed:?}");
+            assert_eq!(to_rebuild(failed, Role::Everything), expected, "{failed:?}");
         }
+        assert_eq!(to_rebuild(Checkpoints, Role::UpdateListener), [Checkpoints, UpdateListener, GlobalChanges]);
     }
 
     #[test]
