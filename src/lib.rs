@@ -34,5 +34,6 @@ pub mod couch;
 #[cfg(feature = "dev")]
 pub mod dev;
 pub mod job;
+pub mod locks;
 pub mod telemetry;
 pub mod vault;

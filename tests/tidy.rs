@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 /// their words, and the pools of `replicate` and `webhook` are built on the dispatcher of `schedule`.
 const PATH: [&[&str]; 5] = [&["feed"], &["db"], &["rules", "topology", "deliveries"], &["replicate", "webhook"], &["schedule"]];
 /// Names no stage.
-const GROUND: [&str; 8] = ["admin", "checkpoints", "config", "couch", "dev", "job", "telemetry", "vault"];
+const GROUND: [&str; 9] = ["admin", "checkpoints", "config", "couch", "dev", "job", "locks", "telemetry", "vault"];
 /// Above the path; nobody names them but `main`, and `cmd` names `app`.
 const TOP: [&str; 2] = ["cmd", "app"];
 

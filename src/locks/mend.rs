@@ -1,0 +1,66 @@
+//! Conflicted revisions of a document, and locks that too few nodes took (pure).
+
+use crate::job::timestamp;
+use crate::locks::clear;
+use crate::locks::held::unlock;
+use crate::locks::look::{Known, dead_in, is_dirty, lock_of};
+use serde_json::Value;
+use std::time::{Duration, SystemTime};
+
+/// What to do about conflicted revisions.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Mend {
+    /// Whoever is at work on one of them may still mend it.
+    Wait(Duration),
+    /// Write the winner first, where that is needed; then remove the others.
+    Write { winner: Option<Value>, remove: Vec<String> },
+}
+
+/// `losers` are the conflicted revisions of `winner`. What any of them knew to be owed is not looked for: the winner is owed.
+pub fn mend(winner: &Value, losers: &[Value], now: SystemTime, known: &Known<'_>) -> Mend {
+    let locks = losers.iter().chain([winner]).filter_map(|doc| lock_of(doc, known.me));
+    let wait = locks.map(|lock| dead_in(&lock, now, known)).max().unwrap_or_default();
+    if !wait.is_zero() {
+        return Mend::Wait(wait);
+    }
+    let remove = losers.iter().filter_map(|doc| doc["_rev"].as_str().map(String::from)).collect();
+    let is_free = lock_of(winner, known.me).is_none();
+    if is_free && is_dirty(winner) {
+        return Mend::Write { winner: None, remove };
+    }
+    let mut doc = winner.clone();
+    if let Some(fields) = doc.as_object_mut() {
+        fields.insert(String::from("dirty"), Value::Bool(true));
+        clear(fields, "dirty_at");
+        match is_free {
+            true => drop(fields.insert(String::from("updated_at"), Value::from(timestamp(now)))),
+            false => unlock(fields, now),
+        }
+        fields.shift_remove("_conflicts");
+    }
+    Mend::Write { winner: Some(doc), remove }
+}
+
+/// What becomes of a lock that only a 202 answered: somebody else may have got a 201.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Unconfirmed {
+    /// Another revision is there: ours goes.
+    Remove {
+        rev: String,
+    },
+    /// Ours is all that there is: without its lock it is free again.
+    Unlock(Value),
+    Nothing,
+}
+
+/// `current` is the document now, with its `_conflicts`; `rev` is what the 202 named.
+pub fn unconfirmed(current: Option<&Value>, rev: &str, now: SystemTime) -> Unconfirmed {
+    let Some(current) = current else { return Unconfirmed::Nothing };
+    let conflicts = current["_conflicts"].as_array().map(Vec::as_slice).unwrap_or_default();
+    match (current["_rev"] == rev, conflicts.is_empty()) {
+        (true, true) => Unconfirmed::Unlock(crate::locks::held::unlocked(current, now)),
+        (true, false) => Unconfirmed::Remove { rev: rev.to_string() },
+        (false, _) if conflicts.iter().any(|conflict| conflict == rev) => Unconfirmed::Remove { rev: rev.to_string() },
+        (false, _) => Unconfirmed::Nothing,
+    }
+}
