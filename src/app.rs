@@ -25,6 +25,7 @@ use crate::deliveries::{self, Book, Deliveries, DeliveriesActor};
 use crate::feed::cursor::Ledger;
 use crate::feed::sweep::Scope;
 use crate::feed::{self, GlobalChangesActor, sweep};
+use crate::locks::sign::OwnRevs;
 use crate::replicate::native::{NativeEngine, NativeSettings};
 use crate::replicate::{CouchEngine, Engines, Replicator};
 use crate::rules::catalogue::Snapshot;
@@ -33,6 +34,7 @@ use crate::rules::{self, RulesActor};
 use crate::schedule::Pool;
 use crate::schedule::backoff::Backoff;
 use crate::telemetry::{ChildLabels, Metrics};
+use crate::topology::attempt::Means;
 use crate::topology::{self, Topology};
 use crate::vault::Vault;
 use crate::webhook::HttpSender;
@@ -73,6 +75,8 @@ pub struct World {
     topology: watch::Sender<Option<ActorRef<topology::Message>>>,
     /// Keeps what it knows of checkpoints over a crash of the pool.
     native: Arc<NativeEngine>,
+    /// What this process wrote into the spiegel database lately.
+    own: Arc<OwnRevs>,
 }
 
 pub struct Supervisor;
@@ -230,6 +234,7 @@ impl State {
             started,
             topology,
             native,
+            own,
             ..
         } = self.world.as_ref();
         let backoff = Backoff::new(settings.backoff_base, settings.backoff_cap);
@@ -254,6 +259,7 @@ impl State {
                     db_name: settings.db_name.clone(),
                     backoff: couch_backoff,
                     metrics: metrics.clone(),
+                    own: own.clone(),
                 };
                 let (actor, _) = Actor::spawn_linked(None, CheckpointsActor, arguments, supervisor).await?;
                 self.built.checkpoints = Some(Checkpoints::new(actor.clone()));
@@ -265,6 +271,7 @@ impl State {
                     db_name: deliveries::parked::database_of(&settings.db_name),
                     backoff: couch_backoff,
                     metrics: metrics.clone(),
+                    own: own.clone(),
                 };
                 let (actor, _) = Actor::spawn_linked(None, CheckpointsActor, arguments, supervisor).await?;
                 self.built.delivery_store = Some(Checkpoints::new(actor.clone()));
@@ -310,10 +317,7 @@ impl State {
                 let arguments = topology::Arguments {
                     snapshot: publish.subscribe(),
                     checkpoints: needed(&self.built.checkpoints)?,
-                    pool: needed(&self.built.replicators)?,
-                    native: native.clone(),
-                    engine: settings.replication.engine,
-                    vault: vault.clone(),
+                    means: self.replication_means()?,
                     backoff,
                     local_url: couch.settings().url.clone(),
                     local_host: local_host(couch),
@@ -388,6 +392,18 @@ impl State {
     fn deliveries(&self) -> Result<Deliveries, ActorProcessingErr> {
         let settings = delivery_settings(&self.world.settings);
         Ok(Deliveries::new(self.world.book.clone(), needed(&self.built.delivery_store)?, Arc::new(settings)))
+    }
+}
+
+impl State {
+    fn replication_means(&self) -> Result<Means, ActorProcessingErr> {
+        let World { settings, native, vault, .. } = self.world.as_ref();
+        Ok(Means {
+            pool: needed(&self.built.replicators)?,
+            native: native.clone(),
+            engine: settings.replication.engine,
+            vault: vault.clone(),
+        })
     }
 }
 
@@ -528,6 +544,7 @@ impl App {
             process: format!("{:016x}", fastrand::u64(..)).into(),
             started: Instant::now(),
             topology: watch::channel(None).0,
+            own: Arc::default(),
             settings,
         });
         let admin_stop = CancellationToken::new();

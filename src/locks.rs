@@ -2,10 +2,11 @@
 //!
 //! A `change_listener` or a `replicator` with `dirty` other than `false` is owed work. Whoever writes `locked_at` into it first has
 //! it; a conflict means that somebody else was first. The lock of one of ours is renewed while the work lasts, and says whose it is
-//! in `locked_by`, so that a dead process's lock is free after a minute. All of it is plain functions of a document, the time
-//! and what this process knows; the requests are elsewhere.
+//! in `locked_by`, so that a dead process's lock is free after a minute. What a document
+//! means and what to write are plain functions of it, the time and what this process knows; `hold` has the requests.
 
 pub mod held;
+pub mod hold;
 pub mod look;
 pub mod mend;
 pub mod sign;

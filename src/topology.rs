@@ -3,22 +3,19 @@
 //! It turns `replicator` documents and dirty databases into replication jobs for the ReplicatorPool, and writes back what
 //! cannot finish soon. The decisions are in `topology/states.rs`; here are the mailbox, the one timer and the requests.
 
+pub mod attempt;
 pub mod replicator;
 pub mod states;
 pub mod status;
 
 use crate::checkpoints::Checkpoints;
-use crate::config::EngineChoice;
-use crate::job::{Completion, DbName, Outcome, Piece, timestamp};
-use crate::replicate::engines::choose;
-use crate::replicate::native::NativeEngine;
-use crate::replicate::{Progress, Replication, Replicator as Runner};
+use crate::job::{Completion, DbName, Piece, timestamp};
+use crate::replicate::Progress;
 use crate::rules::catalogue::Snapshot;
-use crate::schedule::Pool;
 use crate::schedule::backoff::Backoff;
 use crate::telemetry::{Metrics, StateLabels};
 use crate::topology::replicator::Replicator;
-use crate::vault::Vault;
+use attempt::{Means, NoRun, result_of};
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use serde_json::Value;
 use states::{Action, Change, Id, Line, RunFailure, Saved, States};
@@ -90,11 +87,7 @@ pub struct Topology;
 pub struct Arguments {
     pub snapshot: watch::Receiver<Arc<Snapshot>>,
     pub checkpoints: Checkpoints,
-    pub pool: Pool<Runner>,
-    pub native: Arc<NativeEngine>,
-    /// For documents that do not name one.
-    pub engine: EngineChoice,
-    pub vault: Arc<Vault>,
+    pub means: Means,
     pub backoff: Backoff,
     /// The watched server, and its host and port: a replicator whose source is elsewhere is polled.
     pub local_url: url::Url,
@@ -133,7 +126,7 @@ impl Actor for Topology {
     async fn pre_start(&self, myself: ActorRef<Message>, arguments: Arguments) -> Result<State, ActorProcessingErr> {
         let mut changes = arguments.snapshot.clone();
         changes.mark_changed();
-        let native = arguments.native.clone();
+        let native = arguments.means.native.clone();
         let again = tokio::spawn({
             let myself = myself.clone();
             async move {
@@ -290,51 +283,15 @@ impl State {
             let (myself, id) = (myself.clone(), id.clone());
             move |result| drop(myself.cast(Message::RunEnded { id, result }))
         };
-        let params = match replicator.replicate_params(&self.arguments.vault) {
-            Ok(params) => params,
-            Err(error) => return ended(Err(RunFailure { error: error.to_string(), missing: false, after: None })),
-        };
-        let engine = replicator.engine.unwrap_or(self.arguments.engine);
-        if let Err(error) = choose(engine, &params, self.arguments.native.local()) {
-            return drop(myself.cast(Message::CannotRun { id, error: error.to_string() }));
-        }
         let progress = Arc::new(Progress::default());
-        self.states.asked_for(&id, progress.clone());
-        let replication = Replication {
-            replicator_id: id,
-            params,
-            source: replicator.source.to_string(),
-            target: replicator.target.to_string(),
-            lane: replicator.lane(),
-            engine: replicator.engine,
-            priority: replicator.priority,
-            is_bidirectional: self.goes_both_ways(&replicator),
-            progress,
+        let snapshot = self.arguments.snapshot.borrow().clone();
+        let outcome = match self.arguments.means.start(&replicator, &snapshot, progress.clone()) {
+            Ok(outcome) => outcome,
+            Err(NoRun::Failed(failure)) => return ended(Err(failure)),
+            Err(NoRun::Never { error }) => return drop(myself.cast(Message::CannotRun { id, error })),
         };
-        let outcome = self.arguments.pool.run(replication);
-        tokio::spawn(async move {
-            match outcome.await {
-                Ok(Outcome::Done) => ended(Ok(())),
-                Ok(Outcome::Failed(failed)) => {
-                    let after = failed.after();
-                    ended(Err(RunFailure { error: failed.error, missing: false, after }));
-                }
-                Ok(Outcome::Unsent { error, after }) => {
-                    ended(Err(RunFailure { error, missing: false, after: Some(after) }));
-                }
-                Ok(Outcome::Missing { error }) => ended(Err(RunFailure { error, missing: true, after: None })),
-                Err(_) => {
-                    ended(Err(RunFailure { error: String::from("the pool is being restarted"), missing: false, after: None }))
-                }
-            }
-        });
-    }
-
-    /// Where names are the same on other servers, too much is called bidirectional, which costs a request.
-    fn goes_both_ways(&self, replicator: &Replicator) -> bool {
-        let snapshot = self.arguments.snapshot.borrow();
-        let mut back = snapshot.replicators_from(replicator.target.db_name()).iter();
-        back.any(|other| other.target.db_name() == replicator.source.db_name())
+        self.states.asked_for(&id, progress);
+        tokio::spawn(async move { ended(result_of(outcome).await) });
     }
 
     /// Starts the write at the head of a document's queue; it stays there until it is confirmed.
