@@ -17,6 +17,8 @@ pub mod config;
 
 pub mod feed;
 
+pub mod workers;
+
 pub mod db;
 
 pub mod deliveries;
