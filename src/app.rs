@@ -4,32 +4,32 @@
 //! too many restarts in a window end the process. The last stage is started first, and the first stage is drained first.
 
 pub mod couch_health;
+mod delivery_settings;
 mod operations;
 pub mod restart;
+mod signals;
 mod status;
+mod stopping;
 #[cfg(all(test, feature = "dev"))]
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 mod tests;
 
 use crate::admin::{self, Admin};
 use crate::checkpoints::{self, Checkpoints, CheckpointsActor};
-use crate::config::{self, Settings};
+use crate::config::{Role, Settings};
 use crate::couch::Couch;
 use crate::db::directory::{self, DbDirectory};
 use crate::db::listen::Tools;
 use crate::db::rule_health::RuleHealth;
 use crate::db::{self, Shared};
-use crate::deliveries::index::Bounds;
-use crate::deliveries::patience::Patience;
 use crate::deliveries::{self, Book, Deliveries, DeliveriesActor};
 use crate::feed::cursor::Ledger;
 use crate::feed::sweep::Scope;
 use crate::feed::{self, GlobalChangesActor, sweep};
-use crate::locks::sign::OwnRevs;
+use crate::locks::{self, sign::OwnRevs};
 use crate::replicate::native::{NativeEngine, NativeSettings};
 use crate::replicate::{CouchEngine, Engines, Replicator};
 use crate::rules::catalogue::Snapshot;
-use crate::rules::handling::Strategy;
 use crate::rules::{self, RulesActor};
 use crate::schedule::Pool;
 use crate::schedule::backoff::Backoff;
@@ -38,13 +38,17 @@ use crate::topology::attempt::Means;
 use crate::topology::{self, Topology};
 use crate::vault::Vault;
 use crate::webhook::HttpSender;
+use crate::workers::coexist::Mixed;
+use crate::workers::{self, Workers};
 use anyhow::Context;
 use couch_health::CouchHealth;
 use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, SupervisionEvent};
 use restart::{Child, Decision, Restarts, to_rebuild};
+pub use signals::Signals;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use stopping::Stopping;
 use tokio::sync::{Semaphore, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -77,6 +81,8 @@ pub struct World {
     native: Arc<NativeEngine>,
     /// What this process wrote into the spiegel database lately.
     own: Arc<OwnRevs>,
+    /// Whether others are at work in the spiegel database, so that work is taken by locks.
+    mixed: Mixed,
 }
 
 pub struct Supervisor;
@@ -102,6 +108,7 @@ struct Built {
     topology: Option<ActorRef<topology::Message>>,
     directory: Option<ActorRef<directory::Message>>,
     feed: Option<ActorRef<feed::Message>>,
+    workers: Option<ActorRef<workers::Message>>,
 }
 
 impl Actor for Supervisor {
@@ -111,10 +118,10 @@ impl Actor for Supervisor {
 
     async fn pre_start(&self, myself: ActorRef<Message>, world: Arc<World>) -> Result<State, ActorProcessingErr> {
         let mut state = State {
+            missing: Child::all_of(world.settings.role),
             world,
             built: Built::default(),
             cells: HashMap::new(),
-            missing: Child::ALL.to_vec(),
             restarts: Restarts::default(),
             generation: 0,
             is_stopping: false,
@@ -134,9 +141,11 @@ impl Actor for Supervisor {
             Message::Shutdown { done } => {
                 state.is_stopping = true;
                 let stopping = Stopping {
+                    checkpoints: state.built.checkpoints.clone(),
                     feed: state.built.feed.clone(),
                     directory: state.built.directory.clone(),
                     topology: state.built.topology.clone(),
+                    workers: state.built.workers.clone(),
                     ledger: state.world.ledger.clone(),
                     native: state.world.native.clone(),
                     deadline: state.world.settings.shutdown_deadline,
@@ -168,7 +177,7 @@ impl Actor for Supervisor {
         if state.is_stopping {
             return Ok(());
         }
-        for gone in to_rebuild(child).into_iter().rev() {
+        for gone in to_rebuild(child, state.world.settings.role).into_iter().rev() {
             if let Some(cell) = state.cells.remove(&gone)
                 && gone != child
             {
@@ -221,22 +230,8 @@ impl State {
 
     /// The wiring, long, flat and dull.
     async fn build(&mut self, child: Child, supervisor: ActorCell) -> Result<ActorCell, ActorProcessingErr> {
-        let World {
-            settings,
-            couch,
-            vault,
-            metrics,
-            ledger,
-            sweeps,
-            publish,
-            rule_health,
-            process,
-            started,
-            topology,
-            native,
-            own,
-            ..
-        } = self.world.as_ref();
+        let World { settings, couch, vault, metrics, ledger, sweeps, publish, process, topology, native, own, mixed, .. } =
+            self.world.as_ref();
         let backoff = Backoff::new(settings.backoff_base, settings.backoff_cap);
         // CouchDB's own hiccups are retried sooner than somebody else's endpoint.
         let couch_backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
@@ -330,19 +325,7 @@ impl State {
             }
             Child::DbDirectory => {
                 let shared = Shared {
-                    tools: Tools {
-                        couch: couch.clone(),
-                        spiegel_db: settings.db_name.clone(),
-                        checkpoints: needed(&self.built.checkpoints)?,
-                        webhooks: needed(&self.built.webhooks)?,
-                        deliveries: self.deliveries()?,
-                        vault: vault.clone(),
-                        backoff,
-                        batch_size: settings.db.batch_size,
-                        pages: Arc::new(Semaphore::new(PAGES_MAX)),
-                        rule_health: rule_health.clone(),
-                        started: *started,
-                    },
+                    tools: self.listen_tools(backoff)?,
                     snapshot: publish.subscribe(),
                     topology: needed(&self.built.topology)?,
                     debts: ledger.clone(),
@@ -357,6 +340,38 @@ impl State {
                 let arguments = directory::Arguments { shared: Arc::new(shared), metrics: metrics.clone() };
                 let (actor, _) = Actor::spawn_linked(None, DbDirectory, arguments, supervisor).await?;
                 self.built.directory = Some(actor.clone());
+                actor.get_cell()
+            }
+            Child::Workers => {
+                let role = settings.role;
+                let (listens, replicates) = (role != Role::Replicator, role != Role::ChangeListener);
+                let shared = workers::Shared {
+                    couch: couch.clone(),
+                    spiegel_db: settings.db_name.clone(),
+                    checkpoints: needed(&self.built.checkpoints)?,
+                    me: process.clone(),
+                    settings: locks::Settings {
+                        retry_after: settings.roles.retry_after,
+                        check_stalled: settings.roles.check_stalled,
+                        stale_after: settings.roles.stale_after,
+                        assume_deleted_after: settings.db.assume_deleted_after,
+                    },
+                    snapshot: publish.subscribe(),
+                    backoff,
+                    listen: listens.then(|| self.listen_tools(backoff)).transpose()?,
+                    replicate: replicates.then(|| self.replication_means()).transpose()?,
+                };
+                let arguments = workers::Arguments {
+                    shared: Arc::new(shared),
+                    heartbeat: settings.feed.heartbeat,
+                    places: settings.roles.concurrency,
+                    own: own.clone(),
+                    mixed: mixed.clone(),
+                    metrics: metrics.clone(),
+                    alone: Arc::new(|| {}),
+                };
+                let (actor, _) = Actor::spawn_linked(None, Workers, arguments, supervisor).await?;
+                self.built.workers = Some(actor.clone());
                 actor.get_cell()
             }
             Child::GlobalChanges => {
@@ -390,12 +405,29 @@ impl State {
 
 impl State {
     fn deliveries(&self) -> Result<Deliveries, ActorProcessingErr> {
-        let settings = delivery_settings(&self.world.settings);
+        let settings = delivery_settings::of(&self.world.settings);
         Ok(Deliveries::new(self.world.book.clone(), needed(&self.built.delivery_store)?, Arc::new(settings)))
     }
 }
 
 impl State {
+    fn listen_tools(&self, backoff: Backoff) -> Result<Tools, ActorProcessingErr> {
+        let World { settings, couch, vault, rule_health, started, .. } = self.world.as_ref();
+        Ok(Tools {
+            couch: couch.clone(),
+            spiegel_db: settings.db_name.clone(),
+            checkpoints: needed(&self.built.checkpoints)?,
+            webhooks: needed(&self.built.webhooks)?,
+            deliveries: self.deliveries()?,
+            vault: vault.clone(),
+            backoff,
+            batch_size: settings.db.batch_size,
+            pages: Arc::new(Semaphore::new(PAGES_MAX)),
+            rule_health: rule_health.clone(),
+            started: *started,
+        })
+    }
+
     fn replication_means(&self) -> Result<Means, ActorProcessingErr> {
         let World { settings, native, vault, .. } = self.world.as_ref();
         Ok(Means {
@@ -404,27 +436,6 @@ impl State {
             engine: settings.replication.engine,
             vault: vault.clone(),
         })
-    }
-}
-
-fn delivery_settings(settings: &Settings) -> deliveries::Settings {
-    let config::DeliverySettings { retry, max, max_per_rule_and_database, retention } = settings.deliveries.clone();
-    let tries = settings.webhook.fast_retries.saturating_add(1);
-    deliveries::Settings {
-        patience: Patience {
-            strategy: if retry.exponential { Strategy::Exponential } else { Strategy::Linear },
-            delay: retry.delay,
-            multiplier: retry.multiplier,
-            cap: retry.cap,
-            limit: retry.limit,
-            give_up_after: retry.give_up_after,
-        },
-        bounds: Bounds { all: max, per_rule_and_database: max_per_rule_and_database },
-        retention,
-        assume_deleted_after: settings.db.assume_deleted_after,
-        // As long as a delivery may take with its fast retries, and a while in its host's queue.
-        lease: (settings.webhook.timeout + settings.webhook.retry_cap) * tries + Duration::from_secs(10),
-        attempt_max: settings.webhook.timeout,
     }
 }
 
@@ -439,58 +450,6 @@ fn needed<T: Clone>(handle: &Option<T>) -> Result<T, ActorProcessingErr> {
 fn local_host(couch: &Couch) -> String {
     let url = &couch.settings().url;
     format!("{}:{}", url.host_str().unwrap_or_default(), url.port_or_known_default().unwrap_or_default())
-}
-
-/// The end: stop the feed ▶ no new jobs ▶ wait, with a deadline ▶ spill ▶ watermark.
-struct Stopping {
-    feed: Option<ActorRef<feed::Message>>,
-    directory: Option<ActorRef<directory::Message>>,
-    topology: Option<ActorRef<topology::Message>>,
-    ledger: Arc<Ledger>,
-    native: Arc<NativeEngine>,
-    deadline: Duration,
-}
-
-/// Of the deadline, what runs now may take half, the spill and the watermark a quarter each.
-impl Stopping {
-    async fn run(self) {
-        let Self { feed: Some(feed), directory: Some(directory), topology: Some(topology), ledger, native, deadline } = self
-        else {
-            return;
-        };
-        let _ = feed.cast(feed::Message::Stop);
-        let _ = directory.cast(directory::Message::Stop);
-        let _ = tokio::time::timeout(deadline / 2, ledger.room(1)).await;
-
-        // Where a side was replaced meanwhile, its replicator runs again, and what runs is written down.
-        for id in tokio::time::timeout(deadline / 4, native.flush()).await.unwrap_or_default() {
-            let _ = topology.cast(topology::Message::RunAgain { id });
-        }
-        let mut spilled = Vec::new();
-        let owing = ledger.cursor().owing();
-        for db in owing {
-            let (done, told) = oneshot::channel();
-            let _ = directory.cast(directory::Message::Spill { db, done: Some(done) });
-            spilled.push(told);
-        }
-        let (done, told) = oneshot::channel();
-        let _ = topology.cast(topology::Message::Shutdown { done });
-        spilled.push(told);
-        let all_spilled = async {
-            for told in spilled {
-                let _ = told.await;
-            }
-        };
-        if tokio::time::timeout(deadline / 4, all_spilled).await.is_err() {
-            tracing::warn!(
-                databases = ledger.cursor().len(),
-                "not everything could be made durable in time; the feed will tell of it again"
-            );
-        }
-        let (done, told) = oneshot::channel();
-        let _ = feed.cast(feed::Message::SaveFinally { done });
-        let _ = tokio::time::timeout(deadline / 4, told).await;
-    }
 }
 
 /// The app before its start: it is alive, and says why it is not ready, while somebody still waits for CouchDB.
@@ -512,7 +471,7 @@ pub async fn run(app: App, mut signals: Signals) -> anyhow::Result<()> {
         () = running.stop() => {}
         signal = signals.next() => {
             tracing::warn!(signal, "a second signal, ending at once");
-            end_at_once()
+            signals::end_at_once()
         }
     }
     tracing::info!("stopped");
@@ -545,6 +504,7 @@ impl App {
             started: Instant::now(),
             topology: watch::channel(None).0,
             own: Arc::default(),
+            mixed: Mixed::always(settings.role != Role::Everything),
             settings,
         });
         let admin_stop = CancellationToken::new();
@@ -588,30 +548,5 @@ impl Running {
         let _ = supervisor.stop_and_wait(None, Some(Duration::from_millis(200))).await;
         admin_stop.cancel();
         drop(admin);
-    }
-}
-
-#[allow(clippy::disallowed_methods, reason = "somebody who asks twice wants no orderly end")]
-fn end_at_once() -> ! {
-    std::process::exit(130)
-}
-
-/// Heard from its making on.
-pub struct Signals {
-    term: tokio::signal::unix::Signal,
-    int: tokio::signal::unix::Signal,
-}
-
-impl Signals {
-    pub fn new() -> anyhow::Result<Self> {
-        use tokio::signal::unix::{SignalKind, signal};
-        Ok(Self { term: signal(SignalKind::terminate())?, int: signal(SignalKind::interrupt())? })
-    }
-
-    pub async fn next(&mut self) -> &'static str {
-        tokio::select! {
-            _ = self.term.recv() => "SIGTERM",
-            _ = self.int.recv() => "SIGINT",
-        }
     }
 }

@@ -88,6 +88,8 @@ pub struct RoleSettings {
     pub retry_after: Duration,
     /// How often stale locks are looked for.
     pub check_stalled: Duration,
+    /// So long without a renewal, and a lock of ours is a dead process's.
+    pub stale_after: Duration,
 }
 
 #[derive(Debug, Clone)]

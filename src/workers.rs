@@ -18,6 +18,7 @@ use crate::locks::sign::OwnRevs;
 use crate::locks::{Kind, Settings};
 use crate::rules::catalogue::Snapshot;
 use crate::schedule::backoff::Backoff;
+use crate::telemetry::Metrics;
 use crate::topology::attempt::Means;
 use board::{Board, Id};
 use coexist::{Coexistence, Mixed};
@@ -40,8 +41,8 @@ pub enum Message {
     },
     /// Everything is read from the beginning.
     Begin,
-    /// What was there at the start is read.
-    Loaded,
+    /// Whether the feed is open, and all that was there before it is told.
+    Following(bool),
     /// Nobody told us of changes for a while.
     WasDeaf,
     JobEnded {
@@ -104,6 +105,7 @@ pub struct Arguments {
     pub places: usize,
     pub own: Arc<OwnRevs>,
     pub mixed: Mixed,
+    pub metrics: Arc<Metrics>,
     /// Called when the others are gone: what is left dirty is ours alone again.
     pub alone: Arc<dyn Fn() + Send + Sync>,
 }
@@ -127,6 +129,7 @@ struct Running {
 
 impl Drop for State {
     fn drop(&mut self) {
+        self.arguments.metrics.workers_connected.set(0);
         let jobs = self.jobs.values().map(|job| &job.abort);
         self.tasks.iter().chain(&self.timer).chain(jobs).for_each(AbortHandle::abort);
     }
@@ -183,7 +186,7 @@ impl Actor for Workers {
                 let _ = told.send(());
             }
             Message::Begin => state.board.begin(age),
-            Message::Loaded => tracing::debug!("what is dirty is known"),
+            Message::Following(is_open) => drop(state.arguments.metrics.workers_connected.set(i64::from(is_open))),
             Message::WasDeaf => state.board.was_deaf(age),
             Message::JobEnded { id, end } => {
                 state.jobs.remove(&id);
@@ -192,6 +195,7 @@ impl Actor for Workers {
                     JobEnd::Unknown => state.board.ended(&id, None, now, age),
                     JobEnd::Gone => state.board.deleted(&id),
                     JobEnd::Wait(wait) => state.board.wait(&id, age + wait, age),
+                    JobEnd::HoldOff(wait) => state.board.hold_off(&id, age + wait, age),
                 }
             }
             Message::RunAgain { id } => state.owe(id),

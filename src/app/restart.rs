@@ -1,5 +1,6 @@
 //! What a child's end means: the pure core of the Supervisor.
 
+use crate::config::Role;
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
@@ -15,11 +16,12 @@ pub enum Child {
     ReplicatorPool,
     Topology,
     DbDirectory,
+    Workers,
     GlobalChanges,
 }
 
 impl Child {
-    pub const ALL: [Child; 10] = [
+    pub const ALL: [Child; 11] = [
         Child::CouchHealth,
         Child::Rules,
         Child::Checkpoints,
@@ -29,8 +31,22 @@ impl Child {
         Child::ReplicatorPool,
         Child::Topology,
         Child::DbDirectory,
+        Child::Workers,
         Child::GlobalChanges,
     ];
+
+    /// Those of a process with this role, in their order.
+    pub fn all_of(role: Role) -> Vec<Child> {
+        use Child::*;
+        let is_of = |child: &Child| match role {
+            Role::ChangeListener => {
+                matches!(child, CouchHealth | Rules | Checkpoints | DeliveryStore | WebhookPool | Deliveries | Workers)
+            }
+            Role::Replicator => matches!(child, CouchHealth | Rules | Checkpoints | ReplicatorPool | Workers),
+            Role::Everything | Role::UpdateListener => true,
+        };
+        Self::ALL.into_iter().filter(is_of).collect()
+    }
 
     /// Whose handles it holds. CouchHealth and Rules publish through channels that the Supervisor owns, so nobody needs them.
     pub fn needs(self) -> &'static [Child] {
@@ -40,6 +56,7 @@ impl Child {
             Child::Deliveries => &[Child::DeliveryStore, Child::WebhookPool],
             Child::Topology => &[Child::Checkpoints, Child::ReplicatorPool],
             Child::DbDirectory => &[Child::Checkpoints, Child::DeliveryStore, Child::WebhookPool, Child::Topology],
+            Child::Workers => &[Child::Checkpoints, Child::DeliveryStore, Child::WebhookPool, Child::ReplicatorPool],
             Child::GlobalChanges => &[Child::Checkpoints, Child::Topology, Child::DbDirectory],
         }
     }
@@ -55,15 +72,16 @@ impl Child {
             Child::ReplicatorPool => "replicator_pool",
             Child::Topology => "topology",
             Child::DbDirectory => "db_directory",
+            Child::Workers => "workers",
             Child::GlobalChanges => "global_changes",
         }
     }
 }
 
 /// The failed child and all that need it, directly or not, in the order in which they are started.
-pub fn to_rebuild(failed: Child) -> Vec<Child> {
+pub fn to_rebuild(failed: Child, role: Role) -> Vec<Child> {
     let mut rebuild = vec![failed];
-    for child in Child::ALL {
+    for child in Child::all_of(role) {
         if child != failed && child.needs().iter().any(|need| rebuild.contains(need)) {
             rebuild.push(child);
         }
@@ -116,14 +134,15 @@ mod tests {
         let cases: [(Child, &[Child]); 6] = [
             (CouchHealth, &[CouchHealth]),
             (Rules, &[Rules]),
-            (WebhookPool, &[WebhookPool, Deliveries, DbDirectory, GlobalChanges]),
+            (WebhookPool, &[WebhookPool, Deliveries, DbDirectory, Workers, GlobalChanges]),
             (Deliveries, &[Deliveries]),
-            (ReplicatorPool, &[ReplicatorPool, Topology, DbDirectory, GlobalChanges]),
+            (ReplicatorPool, &[ReplicatorPool, Topology, DbDirectory, Workers, GlobalChanges]),
             (GlobalChanges, &[GlobalChanges]),
         ];
         for (failed, expected) in cases {
-            assert_eq!(to_rebuild(failed), expected, "{failed:?}");
+            assert_eq!(to_rebuild(failed, Role::Everything), expected, "{failed:?}");
         }
+        assert_eq!(to_rebuild(Checkpoints, Role::Replicator), [Checkpoints, Workers]);
     }
 
     #[test]

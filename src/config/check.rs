@@ -78,6 +78,7 @@ impl Reader {
                 concurrency: self.size("roles.concurrency", 1..=CONCURRENCY_MAX),
                 retry_after: self.duration("roles.retry_after", MOMENT..=YEAR),
                 check_stalled: self.duration("roles.check_stalled", MOMENT..=YEAR),
+                stale_after: self.duration("roles.stale_after", HEARTBEAT_MIN..=YEAR),
             },
             feed: FeedSettings {
                 heartbeat: self.duration("feed.heartbeat", HEARTBEAT_MIN..=YEAR),

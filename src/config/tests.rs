@@ -32,6 +32,7 @@ fn another_value(key: &str) -> &'static str {
         "roles.concurrency" => "8",
         "roles.retry_after" => "2h",
         "roles.check_stalled" => "2m",
+        "roles.stale_after" => "90s",
         "couchdb.url" => "https://u:p%40ss@couch.example:6984/prefix",
         "couchdb.connect_timeout" => "3s",
         "couchdb.read_timeout" => "31s",

@@ -23,7 +23,6 @@ pub enum HoldError {
     Gone(#[from] Gone),
 }
 
-
 /// What became of an attempt to lock.
 pub enum Attempt {
     Held(Hold),

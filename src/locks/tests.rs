@@ -537,7 +537,7 @@ impl Model {
                     None => Theirs::Idle,
                 }
             }
-            Theirs::Working(doc, covers) if choice % 4 == 0 => Theirs::Working(doc, covers),
+            Theirs::Working(doc, covers) if choice.is_multiple_of(4) => Theirs::Working(doc, covers),
             // It is killed.
             Theirs::Working(..) if choice % 8 == 7 => Theirs::Idle,
             Theirs::Working(mut doc, covers) => {

@@ -41,6 +41,8 @@ struct Entry {
     since: Instant,
     phase: Phase,
     doc: Option<Value>,
+    /// Whatever rows say, it is not looked at before.
+    not_before: Option<Instant>,
 }
 
 pub struct Board {
@@ -153,8 +155,9 @@ impl Board {
             true => Next::Take,
             false => next(&doc, now, &known),
         };
+        let not_before = self.entries.get(&id).and_then(|entry| entry.not_before).filter(|until| *until > age);
         let phase = match next {
-            Next::Take | Next::Unlock => Phase::Ready,
+            Next::Take | Next::Unlock => not_before.map_or(Phase::Ready, Phase::After),
             Next::At(at) => Phase::At(at),
             Next::After(wait) => Phase::After(age + wait),
             // Not worth an entry unless rows may still come that are older.
@@ -162,7 +165,7 @@ impl Board {
             Next::Nothing => return,
         };
         let doc = (phase == Phase::Ready && self.ready[lane(kind)].len() < TEXTS_MAX).then_some(doc);
-        self.enter(id, Entry { kind, rev, since, phase, doc });
+        self.enter(id, Entry { kind, rev, since, phase, doc, not_before });
     }
 
     fn enter(&mut self, id: Id, entry: Entry) {
@@ -228,12 +231,20 @@ impl Board {
         }
     }
 
+    /// As `wait`, and no row shortens it.
+    pub fn hold_off(&mut self, id: &Id, until: Instant, age: Instant) {
+        self.wait(id, until, age);
+        if let Some(entry) = self.entries.get_mut(id) {
+            entry.not_before = Some(until);
+        }
+    }
+
     fn look_again(&mut self, id: Id, kind: Kind, until: Instant, age: Instant) {
         let (rev, since) = match self.entries.get(&id) {
             Some(entry) => (entry.rev.clone(), entry.since),
             None => (String::new(), age),
         };
-        self.enter(id, Entry { kind, rev, since, phase: Phase::After(until), doc: None });
+        self.enter(id, Entry { kind, rev, since, phase: Phase::After(until), doc: None, not_before: None });
     }
 
     /// What has come to its time is looked at again.
@@ -248,7 +259,7 @@ impl Board {
                 continue;
             }
             let (kind, rev, since) = (entry.kind, entry.rev.clone(), entry.since);
-            self.enter(id, Entry { kind, rev, since, phase: Phase::Ready, doc: None });
+            self.enter(id, Entry { kind, rev, since, phase: Phase::Ready, doc: None, not_before: None });
         }
     }
 
@@ -259,7 +270,7 @@ impl Board {
             if let Some(Entry { phase: Phase::After(at), kind, rev, since, .. }) = self.entries.get(&id) {
                 let (kind, rev) = (*kind, rev.clone());
                 let at = *at + age.saturating_duration_since(*since).min(self.settings.stale_after);
-                self.enter(id, Entry { kind, rev, since: age, phase: Phase::After(at), doc: None });
+                self.enter(id, Entry { kind, rev, since: age, phase: Phase::After(at), doc: None, not_before: None });
             }
         }
     }
@@ -376,6 +387,13 @@ mod tests {
         assert_eq!((&*start.id, start.unchanged_for), ("locked", Duration::from_secs(60)));
         board.wait(&"locked".into(), age + Duration::from_secs(200), age);
         assert_eq!(board.in_hand(), 1, "but for the one that is due");
+        board.row(doc("locked", "3-x", json!({ "dirty": true })), due, age);
+        assert_eq!(started(&mut board, age), ["locked"], "a row is news");
+        board.hold_off(&"locked".into(), age + Duration::from_secs(200), age);
+        board.row(doc("locked", "4-x", json!({ "dirty": true })), due, age);
+        assert!(started(&mut board, age).is_empty(), "but not where it must wait");
+        board.tick(due, age + Duration::from_secs(200));
+        assert_eq!(started(&mut board, age), ["locked"]);
     }
 
     #[test]

@@ -46,7 +46,9 @@ impl Follower {
         let _ = self.workers.cast(Message::Begin);
         loop {
             self.couch.health().up().await;
-            match self.follow(&mut since, &mut failures).await {
+            let followed = self.follow(&mut since, &mut failures).await;
+            let _ = self.workers.cast(Message::Following(false));
+            match followed {
                 Ok(()) => failures = 0,
                 Err(error) => {
                     if error.is_unknown_seq() {
@@ -76,10 +78,10 @@ impl Follower {
             }
         }
         *failures = 0;
-        let _ = self.workers.cast(Message::Loaded);
         // Whatever was renewed until now was told; from here on silence means something.
         let _ = self.workers.cast(Message::WasDeaf);
         let mut feed = self.couch.changes_feed(&self.db_name, &self.query(since.clone(), None), self.heartbeat).await?;
+        let _ = self.workers.cast(Message::Following(true));
         let mut rows = Vec::new();
         while let Some(line) = feed.next().await? {
             match line {

@@ -34,6 +34,8 @@ pub enum JobEnd {
     Unknown,
     /// Nothing can be done before.
     Wait(Duration),
+    /// As `Wait`, whatever anybody writes meanwhile.
+    HoldOff(Duration),
 }
 
 /// What the work came to, and what knows the positions.
@@ -158,7 +160,7 @@ impl Job {
             Unconfirmed::Unlock(doc) => drop(checkpoints.save(doc).await),
             Unconfirmed::Nothing => {}
         }
-        Ok(JobEnd::Wait(CONFLICTS_SHOW_AFTER))
+        Ok(JobEnd::HoldOff(CONFLICTS_SHOW_AFTER))
     }
 
     async fn mend(&self, id: &str, unchanged_for: Duration) -> Result<JobEnd, CouchError> {

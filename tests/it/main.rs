@@ -19,6 +19,7 @@ mod main_job;
 mod malformed;
 mod regions;
 mod replicate;
+mod roles;
 mod secrets;
 mod shutdown;
 mod states;
