@@ -16,7 +16,7 @@ mod tests;
 
 use crate::admin::{self, Admin};
 use crate::checkpoints::{self, Checkpoints, CheckpointsActor};
-use crate::config::{Role, Settings};
+use crate::config::{Coexist, Role, Settings};
 use crate::couch::Couch;
 use crate::db::directory::{self, DbDirectory};
 use crate::db::listen::Tools;
@@ -26,6 +26,7 @@ use crate::deliveries::{self, Book, Deliveries, DeliveriesActor};
 use crate::feed::cursor::Ledger;
 use crate::feed::sweep::Scope;
 use crate::feed::{self, GlobalChangesActor, sweep};
+use crate::locks::mixed::Mixed;
 use crate::locks::{self, sign::OwnRevs};
 use crate::replicate::native::{NativeEngine, NativeSettings};
 use crate::replicate::{CouchEngine, Engines, Replicator};
@@ -38,7 +39,6 @@ use crate::topology::attempt::Means;
 use crate::topology::{self, Topology};
 use crate::vault::Vault;
 use crate::webhook::HttpSender;
-use crate::workers::coexist::Mixed;
 use crate::workers::{self, Workers};
 use anyhow::Context;
 use couch_health::CouchHealth;
@@ -313,6 +313,7 @@ impl State {
                     snapshot: publish.subscribe(),
                     checkpoints: needed(&self.built.checkpoints)?,
                     means: self.replication_means()?,
+                    mixed: mixed.clone(),
                     backoff,
                     local_url: couch.settings().url.clone(),
                     local_host: local_host(couch),
@@ -326,6 +327,7 @@ impl State {
             Child::DbDirectory => {
                 let shared = Shared {
                     tools: self.listen_tools(backoff)?,
+                    mixed: mixed.clone(),
                     snapshot: publish.subscribe(),
                     topology: needed(&self.built.topology)?,
                     debts: ledger.clone(),
@@ -368,7 +370,7 @@ impl State {
                     own: own.clone(),
                     mixed: mixed.clone(),
                     metrics: metrics.clone(),
-                    alone: Arc::new(|| {}),
+                    alone: self.alone(),
                 };
                 let (actor, _) = Actor::spawn_linked(None, Workers, arguments, supervisor).await?;
                 self.built.workers = Some(actor.clone());
@@ -411,6 +413,16 @@ impl State {
 }
 
 impl State {
+    /// What is dirty when the others are gone is for whoever works without locks.
+    fn alone(&self) -> Arc<dyn Fn() + Send + Sync> {
+        let directory = self.built.directory.clone();
+        Arc::new(move || {
+            if let Some(directory) = &directory {
+                let _ = directory.cast(directory::Message::LoadAgain);
+            }
+        })
+    }
+
     fn listen_tools(&self, backoff: Backoff) -> Result<Tools, ActorProcessingErr> {
         let World { settings, couch, vault, rule_health, started, .. } = self.world.as_ref();
         Ok(Tools {
@@ -441,6 +453,14 @@ impl State {
 
 /// Pages of changes held in memory at once: with a batch of 200 documents of 10 KB each, 128 MB.
 const PAGES_MAX: usize = 64;
+
+fn mixed_of(settings: &Settings) -> Mixed {
+    match (settings.role, settings.coexist) {
+        (Role::Everything, Coexist::Auto) => Mixed::auto(),
+        (Role::Everything, choice) => Mixed::always(choice == Coexist::Always),
+        _ => Mixed::always(true),
+    }
+}
 
 fn needed<T: Clone>(handle: &Option<T>) -> Result<T, ActorProcessingErr> {
     handle.clone().ok_or_else(|| "a child was built before what it needs".into())
@@ -504,7 +524,7 @@ impl App {
             started: Instant::now(),
             topology: watch::channel(None).0,
             own: Arc::default(),
-            mixed: Mixed::always(settings.role != Role::Everything),
+            mixed: mixed_of(&settings),
             settings,
         });
         let admin_stop = CancellationToken::new();

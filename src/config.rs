@@ -29,6 +29,7 @@ pub struct Settings {
     pub passwords_file: Option<PathBuf>,
     pub secrets_file: Option<PathBuf>,
     pub role: Role,
+    pub coexist: Coexist,
     pub roles: RoleSettings,
     pub feed: FeedSettings,
     pub debounce: DebounceSettings,
@@ -71,6 +72,31 @@ impl Role {
             Role::UpdateListener => "update-listener",
             Role::ChangeListener => "change-listener",
             Role::Replicator => "replicator",
+        }
+    }
+}
+
+/// Whether a process that does everything works by locks, beside others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Coexist {
+    /// While it sees others.
+    Auto,
+    Always,
+    Never,
+}
+
+impl Coexist {
+    pub const ALL: [Coexist; 3] = [Coexist::Auto, Coexist::Always, Coexist::Never];
+
+    pub fn of(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|choice| choice.name() == name)
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Coexist::Auto => "auto",
+            Coexist::Always => "always",
+            Coexist::Never => "never",
         }
     }
 }

@@ -9,6 +9,7 @@ pub mod held;
 pub mod hold;
 pub mod look;
 pub mod mend;
+pub mod mixed;
 pub mod sign;
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]

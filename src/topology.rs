@@ -10,6 +10,8 @@ pub mod status;
 
 use crate::checkpoints::Checkpoints;
 use crate::job::{Completion, DbName, Piece, timestamp};
+use crate::locks::held::owed;
+use crate::locks::mixed::Mixed;
 use crate::replicate::Progress;
 use crate::rules::catalogue::Snapshot;
 use crate::schedule::backoff::Backoff;
@@ -88,6 +90,8 @@ pub struct Arguments {
     pub snapshot: watch::Receiver<Arc<Snapshot>>,
     pub checkpoints: Checkpoints,
     pub means: Means,
+    /// Replicators are left to whoever locks them.
+    pub mixed: Mixed,
     pub backoff: Backoff,
     /// The watched server, and its host and port: a replicator whose source is elsewhere is polled.
     pub local_url: url::Url,
@@ -138,8 +142,16 @@ impl Actor for Topology {
                 }
             }
         });
+        let mut mixed = arguments.mixed.subscribe();
         let follower = tokio::spawn(async move {
-            while changes.changed().await.is_ok() {
+            loop {
+                let is_there = tokio::select! {
+                    changed = changes.changed() => changed.is_ok(),
+                    changed = mixed.changed() => changed.is_ok(),
+                };
+                if !is_there {
+                    return;
+                }
                 if myself.cast(Message::Documents).is_err() {
                     return;
                 }
@@ -154,7 +166,8 @@ impl Actor for Topology {
         let now = SystemTime::now();
         let snapshot = state.arguments.snapshot.borrow().clone();
         let mut is_news = true;
-        let actions = match message {
+        let mut actions = state.states.by_locks(state.arguments.mixed.is_on());
+        actions.extend(match message {
             Message::Documents if snapshot.is_loaded() => state.states.documents(snapshot.replicators()),
             Message::Documents => Vec::new(),
             Message::SourceChanged { db, done } => {
@@ -220,7 +233,7 @@ impl Actor for Topology {
                 is_news = state.count(&snapshot) > 0;
                 Vec::new()
             }
-        };
+        });
         for action in actions {
             state.perform(&myself, action);
         }
@@ -278,6 +291,12 @@ impl State {
         if self.stopping {
             return;
         }
+        if self.arguments.mixed.is_on() {
+            if let Some(action) = self.states.leave(&id) {
+                self.perform(myself, action);
+            }
+            return;
+        }
         let Some(replicator) = self.states.replicator(&id).cloned() else { return };
         let ended = {
             let (myself, id) = (myself.clone(), id.clone());
@@ -304,6 +323,9 @@ impl State {
         let saving = tokio::spawn(async move {
             let mut foreign = false;
             let update = |doc: &mut Value| {
+                if change == Change::Owed {
+                    return owe(doc);
+                }
                 foreign = doc["_rev"].as_str() != Some(&*known_rev);
                 if foreign && change == Change::Clean {
                     return false;
@@ -339,6 +361,10 @@ impl State {
     ) -> Vec<Action> {
         let confirmed = saved.is_some();
         let mut actions = self.states.saved(&id, change, saved);
+        if confirmed && *change == Change::Owed && !self.arguments.mixed.is_on() {
+            // Nobody takes it by its lock any more.
+            actions.extend(self.states.dirty(SystemTime::now(), &id, None));
+        }
         if let Some(queue) = self.saves.get_mut(&id) {
             if let Some((_, pieces)) = queue.pop_front()
                 && (confirmed || !snapshot.replicators().contains_key(&id))
@@ -420,7 +446,7 @@ fn write_change(doc: &mut Value, change: &Change, now: SystemTime) {
     let time = |at: SystemTime| Value::from(timestamp(at));
     doc["updated_at"] = time(now);
     match change {
-        Change::Dirty => {
+        Change::Dirty | Change::Owed => {
             doc["dirty"] = Value::Bool(true);
             doc["dirty_at"] = Value::Null;
         }
@@ -440,6 +466,16 @@ fn write_change(doc: &mut Value, change: &Change, now: SystemTime) {
                 clear(doc, field);
             }
         }
+    }
+}
+
+fn owe(doc: &mut Value) -> bool {
+    match owed(doc, SystemTime::now()) {
+        Some(written) => {
+            *doc = written;
+            true
+        }
+        None => false,
     }
 }
 

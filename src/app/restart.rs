@@ -56,7 +56,9 @@ impl Child {
             Child::Deliveries => &[Child::DeliveryStore, Child::WebhookPool],
             Child::Topology => &[Child::Checkpoints, Child::ReplicatorPool],
             Child::DbDirectory => &[Child::Checkpoints, Child::DeliveryStore, Child::WebhookPool, Child::Topology],
-            Child::Workers => &[Child::Checkpoints, Child::DeliveryStore, Child::WebhookPool, Child::ReplicatorPool],
+            Child::Workers => {
+                &[Child::Checkpoints, Child::DeliveryStore, Child::WebhookPool, Child::ReplicatorPool, Child::DbDirectory]
+            }
             Child::GlobalChanges => &[Child::Checkpoints, Child::Topology, Child::DbDirectory],
         }
     }
@@ -131,12 +133,13 @@ mod tests {
     #[test]
     fn a_failed_child_takes_only_those_that_need_it() {
         use Child::*;
-        let cases: [(Child, &[Child]); 6] = [
+        let cases: [(Child, &[Child]); 7] = [
             (CouchHealth, &[CouchHealth]),
             (Rules, &[Rules]),
             (WebhookPool, &[WebhookPool, Deliveries, DbDirectory, Workers, GlobalChanges]),
             (Deliveries, &[Deliveries]),
             (ReplicatorPool, &[ReplicatorPool, Topology, DbDirectory, Workers, GlobalChanges]),
+            (DbDirectory, &[DbDirectory, Workers, GlobalChanges]),
             (GlobalChanges, &[GlobalChanges]),
         ];
         for (failed, expected) in cases {

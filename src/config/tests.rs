@@ -27,6 +27,7 @@ fn another_value(key: &str) -> &'static str {
         "passwords_file" => "/run/passwords.json",
         "secrets_file" => "/run/secrets.json",
         "role" => "replicator",
+        "coexist" => "always",
         "roles.batch_size" => "7",
         "roles.batch_timeout" => "2s",
         "roles.concurrency" => "8",

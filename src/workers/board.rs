@@ -334,7 +334,7 @@ mod tests {
             board.row(doc(id, "2-x", json!({ "dirty": true })), NOW, age);
         }
         board.row(json!({ "_id": "l", "_rev": "1-x", "type": "change_listener" }), NOW, age);
-        assert_eq!(started(&mut board, age), ["a", "b", "l"], "each kind has places of its own");
+        assert_eq!(started(&mut board, age), ["l", "a", "b"], "each kind has places of its own");
         board.ended(&"b".into(), Some(doc("b", "4-x", json!({ "dirty": false }))), NOW, age);
         assert_eq!(started(&mut board, age), ["c"]);
         assert_eq!(board.in_hand(), 3);

@@ -1,46 +1,9 @@
-//! Whether others are at work in the same spiegel database (pure, but for the channel that says so).
+//! Whether others are at work in the same spiegel database (pure).
 
 use crate::locks::sign::{OwnRevs, Sign, sign};
 use serde_json::Value;
 use std::collections::VecDeque;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::sync::watch;
-
-/// Said to everybody who would work without locks.
-#[derive(Clone)]
-pub struct Mixed {
-    on: Arc<watch::Sender<bool>>,
-    is_fixed: bool,
-}
-
-impl Mixed {
-    /// It stays so.
-    pub fn always(on: bool) -> Self {
-        Self { on: Arc::new(watch::Sender::new(on)), is_fixed: true }
-    }
-
-    /// Off until others show themselves.
-    pub fn auto() -> Self {
-        Self { on: Arc::new(watch::Sender::new(false)), is_fixed: false }
-    }
-
-    pub fn is_on(&self) -> bool {
-        *self.on.borrow()
-    }
-
-    pub fn is_fixed(&self) -> bool {
-        self.is_fixed
-    }
-
-    pub fn set(&self, on: bool) {
-        self.on.send_replace(on);
-    }
-
-    pub fn subscribe(&self) -> watch::Receiver<bool> {
-        self.on.subscribe()
-    }
-}
 
 #[derive(Debug, Default)]
 pub struct Coexistence {

@@ -24,6 +24,9 @@ tests_on! {
         what_is_missing_is_forgotten_after_a_while,
         an_orderly_stop_leaves_it_dirty_and_unlocked,
         nothing_is_lost_by_kills_of_many_processes,
+        run_works_by_locks_beside_others,
+        from_roles_to_run_and_back,
+        run_leaves_its_own_work_alone,
     ],
     like_couchdb: [conflicted_revisions_are_removed],
     embedded: [a_202_is_no_lock],
@@ -425,4 +428,104 @@ async fn nothing_is_lost_by_kills_of_many_processes(lab: Arc<Lab>) {
     }
     let repeats: usize = delivered.values().map(|count| count - 1).sum();
     println!("{written} documents, {kills} kills, {repeats} deliveries repeated");
+}
+
+async fn run_works_by_locks_beside_others(lab: Arc<Lab>) {
+    lab.install().await;
+    let target = lab.create("target").await;
+    let mut dbs = Vec::new();
+    for number in 0..4 {
+        let db = lab.create(&format!("source{number}")).await;
+        lab.replicator(&format!("replicator{number}"), &db, &target, json!({ "dirty": false })).await;
+        dbs.push(db);
+    }
+    lab.rule_on("rule", &format!("^{}source", regex::escape(&lab.prefix)), "/hook", json!({})).await;
+    let spiegel = lab.spiegel_with(&[("ROLES_STALE_AFTER", "3s")]).await;
+    // A position that nobody's change tells of: only the document does.
+    lab.couch.fill(&dbs[0], "before", 3).await;
+    eventually(SOON, "delivered", async || (lab.receiver.delivered("/hook").len() == 3).then_some(())).await;
+    let others = [worker(&lab, "change-listener", &[]).await, worker(&lab, "replicator", &[]).await];
+    dirty_listener(&lab, &dbs[1]).await;
+    spiegel.said(&["working by locks"]).await;
+    settles(&lab, &listener_id(&dbs[1])).await;
+
+    // From here on each change is told of twice: by the feed, and by an update-listener.
+    for round in 0..25 {
+        for (index, db) in dbs.iter().enumerate() {
+            lab.couch.put(db, &format!("doc{round}-{index}"), json!({})).await;
+            dirty_listener(&lab, db).await;
+            dirty(&lab, &format!("replicator{index}")).await;
+        }
+    }
+    eventually(SOON, "all are delivered", async || (lab.receiver.delivered("/hook").len() == 103).then_some(())).await;
+    eventually(SOON, "all are replicated", async || (lab.couch.all(&target).await.len() == 103).then_some(())).await;
+    for (index, db) in dbs.iter().enumerate() {
+        settles(&lab, &listener_id(db)).await;
+        settles(&lab, &format!("replicator{index}")).await;
+    }
+    let twice: Vec<_> = lab.receiver.delivered("/hook").into_iter().filter(|(_, count)| *count > 1).collect();
+    assert!(twice.is_empty(), "{twice:?}");
+
+    // Alone, it takes what the feed tells of, and what is dirtied by hand.
+    drop(others);
+    lab.couch.put(&dbs[2], "alone", json!({})).await;
+    let alone = async || lab.receiver.delivered("/hook").contains_key("alone").then_some(());
+    eventually(SOON, "one more is delivered", alone).await;
+    eventually(SOON, "and replicated", async || (lab.couch.all(&target).await.len() == 104).then_some(())).await;
+    change(&lab, &listener_id(&dbs[0]), json!({ "last_seq": 0, "dirty": true })).await;
+    let again = async || (lab.receiver.delivered("/hook").get("before0") == Some(&2)).then_some(());
+    eventually(SOON, "from the beginning again", again).await;
+}
+
+async fn from_roles_to_run_and_back(lab: Arc<Lab>) {
+    lab.install().await;
+    let (db, missing) = (lab.create("db").await, lab.name("missing"));
+    lab.rule("rule", &db, "/hook", json!({})).await;
+    lab.replicator("copy", &db, &missing, json!({})).await;
+    lab.couch.fill(&db, "d", 3).await;
+    lab.receiver.answer("/hook", Answer::hang());
+    let patient = [("WEBHOOK_TIMEOUT", "1m"), ("SHUTDOWN_DEADLINE", "2s")];
+    let mut workers = [worker(&lab, "change-listener", &patient).await, worker(&lab, "replicator", &patient).await];
+    dirty_listener(&lab, &db).await;
+    eventually(SOON, "they are asked", async || (lab.receiver.count("/hook") == 3).then_some(())).await;
+    for worker in &mut workers {
+        worker.stop().await;
+    }
+    // Half of it, and it is stopped as well.
+    lab.receiver.answer("/hook", Answer::ok());
+    let mut spiegel = lab.spiegel_with(&patient).await;
+    eventually(SOON, "all are delivered", async || (lab.receiver.delivered("/hook").len() == 3).then_some(())).await;
+    lab.receiver.answer("/hook", Answer::hang());
+    lab.couch.put(&db, "last", json!({})).await;
+    eventually(SOON, "it is asked", async || (lab.receiver.count("/hook") >= 7).then_some(())).await;
+    spiegel.stop().await;
+    let left = doc(&lab, &listener_id(&db)).await;
+    assert_eq!((&left["dirty"], left["locked_at"].is_null()), (&json!(true), true), "{left}");
+    let left = doc(&lab, "copy").await;
+    assert_eq!((&left["dirty"], left["dirty_at"].is_string()), (&json!(false), true), "it backs off: {left}");
+
+    lab.receiver.answer("/hook", Answer::ok());
+    lab.couch.create(&missing).await;
+    for role in ["change-listener", "replicator"] {
+        lab.keep(worker(&lab, role, &[]).await);
+    }
+    eventually(SOON, "the last one", async || lab.receiver.delivered("/hook").contains_key("last").then_some(())).await;
+    eventually(SOON, "all are replicated", async || (lab.couch.all(&missing).await.len() == 4).then_some(())).await;
+    settles(&lab, "copy").await;
+    settles(&lab, &listener_id(&db)).await;
+}
+
+async fn run_leaves_its_own_work_alone(lab: Arc<Lab>) {
+    lab.install().await;
+    let db = lab.create("db").await;
+    lab.rule("rule", &db, "/hook", json!({})).await;
+    lab.receiver.answer("/hook", Answer::ok().after(Duration::from_secs(4)));
+    let spiegel = lab.spiegel_with(&[("FEED_SPILL_AFTER", "500ms"), ("WEBHOOK_TIMEOUT", "10s")]).await;
+    lab.couch.fill(&db, "d", 1).await;
+    let dirtied = async || (doc(&lab, &listener_id(&db)).await["dirty"] == json!(true)).then_some(());
+    eventually(SOON, "it is written down", dirtied).await;
+    settles(&lab, &listener_id(&db)).await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert!(!spiegel.lines().iter().any(|line| line.contains("working by locks")), "{:?}", spiegel.lines());
+    assert_eq!(lab.receiver.count("/hook"), 1);
 }
