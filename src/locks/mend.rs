@@ -16,14 +16,15 @@ pub enum Mend {
     Write { winner: Option<Value>, remove: Vec<String> },
 }
 
-/// `losers` are the conflicted revisions of `winner`. What any of them knew to be owed is not looked for: the winner is owed.
+/// `losers` are those conflicted revisions of `winner` that can be read. What any of them knew to be owed is not looked for: the
+/// winner is owed.
 pub fn mend(winner: &Value, losers: &[Value], now: SystemTime, known: &Known<'_>) -> Mend {
     let locks = losers.iter().chain([winner]).filter_map(|doc| lock_of(doc, known.me));
     let wait = locks.map(|lock| dead_in(&lock, now, known)).max().unwrap_or_default();
     if !wait.is_zero() {
         return Mend::Wait(wait);
     }
-    let remove = losers.iter().filter_map(|doc| doc["_rev"].as_str().map(String::from)).collect();
+    let remove = conflicts_of(winner).map(String::from).collect();
     let is_free = lock_of(winner, known.me).is_none();
     if is_free && is_dirty(winner) {
         return Mend::Write { winner: None, remove };
@@ -41,6 +42,10 @@ pub fn mend(winner: &Value, losers: &[Value], now: SystemTime, known: &Known<'_>
     Mend::Write { winner: Some(doc), remove }
 }
 
+pub fn conflicts_of(doc: &Value) -> impl Iterator<Item = &str> {
+    doc["_conflicts"].as_array().into_iter().flatten().filter_map(Value::as_str)
+}
+
 /// What becomes of a lock that only a 202 answered: somebody else may have got a 201.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Unconfirmed {
@@ -56,11 +61,10 @@ pub enum Unconfirmed {
 /// `current` is the document now, with its `_conflicts`; `rev` is what the 202 named.
 pub fn unconfirmed(current: Option<&Value>, rev: &str, now: SystemTime) -> Unconfirmed {
     let Some(current) = current else { return Unconfirmed::Nothing };
-    let conflicts = current["_conflicts"].as_array().map(Vec::as_slice).unwrap_or_default();
-    match (current["_rev"] == rev, conflicts.is_empty()) {
+    match (current["_rev"] == rev, conflicts_of(current).next().is_none()) {
         (true, true) => Unconfirmed::Unlock(crate::locks::held::unlocked(current, now)),
         (true, false) => Unconfirmed::Remove { rev: rev.to_string() },
-        (false, _) if conflicts.iter().any(|conflict| conflict == rev) => Unconfirmed::Remove { rev: rev.to_string() },
+        (false, _) if conflicts_of(current).any(|conflict| conflict == rev) => Unconfirmed::Remove { rev: rev.to_string() },
         (false, _) => Unconfirmed::Nothing,
     }
 }

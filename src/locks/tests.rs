@@ -247,24 +247,25 @@ fn conflicted_revisions_leave_an_owed_document() {
     let loser = with(json!({ "_rev": "7-a", "dirty": false }), json!({}));
     let remove = vec![String::from("7-a")];
 
-    let free = with(json!({ "dirty": true }), json!({}));
+    let free = with(json!({ "dirty": true, "_conflicts": ["7-a"] }), json!({}));
     assert_eq!(
         mend(&free, std::slice::from_ref(&loser), at(1000), &known(0)),
         Mend::Write { winner: None, remove: remove.clone() }
     );
-    let clean = with(json!({ "dirty": false, "dirty_at": text(5000) }), json!({}));
+    let clean = with(json!({ "dirty": false, "dirty_at": text(5000), "_conflicts": ["7-a"] }), json!({}));
     let Mend::Write { winner: Some(winner), .. } = mend(&clean, std::slice::from_ref(&loser), at(1000), &known(0)) else {
         panic!("it is written")
     };
     assert_eq!((&winner["dirty"], &winner["dirty_at"], &winner["_rev"]), (&json!(true), &Value::Null, &json!("7-x")));
+    assert_eq!(winner.get("_conflicts"), None);
 
     // Somebody is at work on one of them.
-    let alive = with(json!({ "dirty": true, "_rev": "7-b" }), locked("other", 990));
+    let alive = with(json!({ "dirty": true, "_rev": "7-b", "_conflicts": ["7-a", "7-unreadable"] }), locked("other", 990));
     assert_eq!(mend(&alive, std::slice::from_ref(&loser), at(1000), &known(10)), Mend::Wait(Duration::from_secs(50)));
     assert_eq!(mend(&free, std::slice::from_ref(&alive), at(1000), &known(10)), Mend::Wait(Duration::from_secs(50)));
     let Mend::Write { winner: Some(winner), remove } = mend(&alive, &[loser], at(1000), &known(60)) else { panic!("it is dead") };
     assert_eq!((&winner["dirty"], &winner["locked_at"], winner.get("locked_by")), (&json!(true), &Value::Null, None));
-    assert_eq!(remove, ["7-a"]);
+    assert_eq!(remove, ["7-a", "7-unreadable"]);
 }
 
 #[test]

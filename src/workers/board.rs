@@ -3,6 +3,7 @@
 //! It keeps those that are owed work or locked, and no others; their texts only while few of them wait for a place.
 
 use crate::locks::look::{Known, Next, next};
+use crate::locks::mend::conflicts_of;
 use crate::locks::{Kind, Settings};
 use serde_json::Value;
 use std::collections::{BTreeSet, HashMap, VecDeque};
@@ -75,7 +76,7 @@ fn generation(rev: &str) -> u64 {
 }
 
 pub fn has_conflicts(doc: &Value) -> bool {
-    doc["_conflicts"].as_array().is_some_and(|conflicts| !conflicts.is_empty())
+    conflicts_of(doc).next().is_some()
 }
 
 impl Board {

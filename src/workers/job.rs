@@ -7,7 +7,7 @@ use crate::locks::Kind;
 use crate::locks::held::{End, owed, unlocked};
 use crate::locks::hold::{Attempt, Hold, HoldError, Left};
 use crate::locks::look::{Known, Next, next};
-use crate::locks::mend::{Mend, Unconfirmed, mend, unconfirmed};
+use crate::locks::mend::{Mend, Unconfirmed, conflicts_of, mend, unconfirmed};
 use crate::topology::replicator::Replicator;
 use crate::workers::board::{Start, has_conflicts};
 use crate::workers::{Shared, listen, replicate};
@@ -166,9 +166,8 @@ impl Job {
     async fn mend(&self, id: &str, unchanged_for: Duration) -> Result<JobEnd, CouchError> {
         let Shared { couch, spiegel_db, checkpoints, me, settings, .. } = &*self.shared;
         let Some(winner) = couch.doc_with_conflicts(spiegel_db, id).await? else { return Ok(JobEnd::Gone) };
-        let revs = winner["_conflicts"].as_array().into_iter().flatten().filter_map(Value::as_str);
         let mut losers = Vec::new();
-        for rev in revs.take(CONFLICTS_MAX) {
+        for rev in conflicts_of(&winner).take(CONFLICTS_MAX) {
             losers.extend(couch.doc_at(spiegel_db, id, rev).await?);
         }
         let known = Known { me, unchanged_for, settings };
@@ -181,7 +180,7 @@ impl Job {
         {
             return Ok(JobEnd::Unknown);
         }
-        for rev in &remove {
+        for rev in remove.iter().take(CONFLICTS_MAX) {
             couch.delete_doc(spiegel_db, id, rev).await?;
         }
         tracing::debug!(id, removed = remove.len(), "conflicted revisions are removed");

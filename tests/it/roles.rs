@@ -502,7 +502,8 @@ async fn from_roles_to_run_and_back(lab: Arc<Lab>) {
     let left = doc(&lab, &listener_id(&db)).await;
     assert_eq!((&left["dirty"], left["locked_at"].is_null()), (&json!(true), true), "{left}");
     let left = doc(&lab, "copy").await;
-    assert_eq!((&left["dirty"], left["dirty_at"].is_string()), (&json!(false), true), "it backs off: {left}");
+    // Between two tries, or in the middle of one.
+    assert!(left["locked_at"].is_null() && (left["dirty"] == json!(true) || left["dirty_at"].is_string()), "{left}");
 
     lab.receiver.answer("/hook", Answer::ok());
     lab.couch.create(&missing).await;
