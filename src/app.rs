@@ -26,6 +26,7 @@ use crate::deliveries::{self, Book, Deliveries, DeliveriesActor};
 use crate::feed::cursor::Ledger;
 use crate::feed::sweep::Scope;
 use crate::feed::{self, GlobalChangesActor, sweep};
+use crate::locks::mend::Phantoms;
 use crate::locks::mixed::Mixed;
 use crate::locks::{self, sign::OwnRevs};
 use crate::replicate::native::{NativeEngine, NativeSettings};
@@ -360,6 +361,7 @@ impl State {
                     },
                     snapshot: publish.subscribe(),
                     backoff,
+                    phantoms: Phantoms::default(),
                     listen: listens.then(|| self.listen_tools(backoff)).transpose()?,
                     replicate: replicates.then(|| self.replication_means()).transpose()?,
                 };

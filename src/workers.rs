@@ -14,6 +14,7 @@ pub mod replicate;
 use crate::checkpoints::Checkpoints;
 use crate::couch::Couch;
 use crate::db::listen::Tools;
+use crate::locks::mend::Phantoms;
 use crate::locks::mixed::Mixed;
 use crate::locks::sign::OwnRevs;
 use crate::locks::{Kind, Settings};
@@ -85,6 +86,7 @@ pub struct Shared {
     pub settings: Settings,
     pub snapshot: watch::Receiver<Arc<Snapshot>>,
     pub backoff: Backoff,
+    pub phantoms: Phantoms,
     /// None: change_listeners are not for this process.
     pub listen: Option<Tools>,
     /// None: replicators are not for this process.
@@ -238,7 +240,8 @@ impl State {
         let shared = &self.arguments.shared;
         match row {
             Row::Gone(id) => self.board.gone(&id),
-            Row::Is(doc) => {
+            Row::Is(mut doc) => {
+                shared.phantoms.strip(&mut doc);
                 if !self.arguments.mixed.is_fixed() {
                     self.coexistence.row(&doc, &shared.me, &self.arguments.own, age);
                 }

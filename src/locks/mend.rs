@@ -1,10 +1,12 @@
-//! Conflicted revisions of a document, and locks that too few nodes took (pure).
+//! Conflicted revisions of a document, and locks that too few nodes took (pure, but for the lock around those that are not there).
 
 use crate::job::timestamp;
 use crate::locks::clear;
 use crate::locks::held::unlock;
 use crate::locks::look::{Known, dead_in, is_dirty, lock_of};
 use serde_json::Value;
+use std::collections::HashSet;
+use std::sync::Mutex;
 use std::time::{Duration, SystemTime};
 
 /// What to do about conflicted revisions.
@@ -44,6 +46,33 @@ pub fn mend(winner: &Value, losers: &[Value], now: SystemTime, known: &Known<'_>
 
 pub fn conflicts_of(doc: &Value) -> impl Iterator<Item = &str> {
     doc["_conflicts"].as_array().into_iter().flatten().filter_map(Value::as_str)
+}
+
+/// Conflicted revisions that a server names and does not find: nothing can be done about them, and the work goes on.
+#[derive(Debug, Default)]
+pub struct Phantoms(Mutex<HashSet<(String, String)>>);
+
+/// There should be none at all.
+const PHANTOMS_MAX: usize = 10_000;
+
+impl Phantoms {
+    pub fn note(&self, id: &str, rev: &str) {
+        if let Ok(mut known) = self.0.lock()
+            && known.len() < PHANTOMS_MAX
+        {
+            known.insert((id.to_string(), rev.to_string()));
+        }
+    }
+
+    /// Takes them out of the document's `_conflicts`.
+    pub fn strip(&self, doc: &mut Value) {
+        let Some(id) = doc["_id"].as_str().map(String::from) else { return };
+        let Some(Value::Array(conflicts)) = doc.get_mut("_conflicts") else { return };
+        if let Ok(known) = self.0.lock() {
+            let is_phantom = |rev: &str| known.contains(&(id.clone(), rev.to_string()));
+            conflicts.retain(|rev| !rev.as_str().is_some_and(is_phantom));
+        }
+    }
 }
 
 /// What becomes of a lock that only a 202 answered: somebody else may have got a 201.

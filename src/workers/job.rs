@@ -73,11 +73,11 @@ impl Job {
     }
 
     async fn look(&self, start: Start) -> Result<JobEnd, CouchError> {
-        let Shared { couch, spiegel_db, checkpoints, me, settings, .. } = &*self.shared;
+        let Shared { couch, checkpoints, me, settings, .. } = &*self.shared;
         couch.health().up().await;
         let (doc, unchanged_for) = match start.doc {
             Some(doc) => (doc, start.unchanged_for),
-            None => match couch.doc_with_conflicts(spiegel_db, &start.id).await? {
+            None => match self.read(&start.id).await? {
                 Some(doc) if doc["_rev"] == *start.rev => (doc, start.unchanged_for),
                 Some(doc) => (doc, Duration::ZERO),
                 None => return Ok(JobEnd::Gone),
@@ -100,13 +100,21 @@ impl Job {
         }
     }
 
+    async fn read(&self, id: &str) -> Result<Option<Value>, CouchError> {
+        let mut doc = self.shared.couch.doc_with_conflicts(&self.shared.spiegel_db, id).await?;
+        if let Some(doc) = &mut doc {
+            self.shared.phantoms.strip(doc);
+        }
+        Ok(doc)
+    }
+
     async fn take(&self, doc: Value, kind: Kind) -> Result<JobEnd, CouchError> {
-        let Shared { couch, spiegel_db, checkpoints, me, settings, .. } = &*self.shared;
+        let Shared { checkpoints, me, settings, .. } = &*self.shared;
         let id = doc["_id"].as_str().unwrap_or_default().to_string();
         let hold = match Hold::take(doc, me, checkpoints, settings).await {
             Ok(Attempt::Held(hold)) => Arc::new(hold),
             Ok(Attempt::Contended) => {
-                let current = couch.doc_with_conflicts(spiegel_db, &id).await?;
+                let current = self.read(&id).await?;
                 return Ok(current.map_or(JobEnd::Gone, JobEnd::Is));
             }
             Ok(Attempt::TooFew { rev }) => return self.leave(&id, &rev).await,
@@ -154,7 +162,7 @@ impl Job {
     /// A 202 is no lock.
     async fn leave(&self, id: &str, rev: &str) -> Result<JobEnd, CouchError> {
         let Shared { couch, spiegel_db, checkpoints, .. } = &*self.shared;
-        let current = couch.doc_with_conflicts(spiegel_db, id).await?;
+        let current = self.read(id).await?;
         match unconfirmed(current.as_ref(), rev, SystemTime::now()) {
             Unconfirmed::Remove { rev } => drop(couch.delete_doc(spiegel_db, id, &rev).await?),
             Unconfirmed::Unlock(doc) => drop(checkpoints.save(doc).await),
@@ -164,8 +172,8 @@ impl Job {
     }
 
     async fn mend(&self, id: &str, unchanged_for: Duration) -> Result<JobEnd, CouchError> {
-        let Shared { couch, spiegel_db, checkpoints, me, settings, .. } = &*self.shared;
-        let Some(winner) = couch.doc_with_conflicts(spiegel_db, id).await? else { return Ok(JobEnd::Gone) };
+        let Shared { couch, spiegel_db, checkpoints, me, settings, phantoms, .. } = &*self.shared;
+        let Some(winner) = self.read(id).await? else { return Ok(JobEnd::Gone) };
         let mut losers = Vec::new();
         for rev in conflicts_of(&winner).take(CONFLICTS_MAX) {
             losers.extend(couch.doc_at(spiegel_db, id, rev).await?);
@@ -181,10 +189,13 @@ impl Job {
             return Ok(JobEnd::Unknown);
         }
         for rev in remove.iter().take(CONFLICTS_MAX) {
-            couch.delete_doc(spiegel_db, id, rev).await?;
+            match couch.delete_doc(spiegel_db, id, rev).await {
+                Err(CouchError::NotFound(_)) => phantoms.note(id, rev),
+                removed => drop(removed?),
+            }
         }
         tracing::debug!(id, removed = remove.len(), "conflicted revisions are removed");
-        match couch.doc_with_conflicts(spiegel_db, id).await? {
+        match self.read(id).await? {
             Some(doc) if has_conflicts(&doc) => Ok(JobEnd::Wait(FAILED_FOR)),
             Some(doc) => Ok(JobEnd::Is(doc)),
             None => Ok(JobEnd::Gone),
