@@ -28,4 +28,5 @@ EXPOSE 9595
 USER 65532:65532
 HEALTHCHECK --interval=10s --timeout=6s --start-period=30s --retries=3 CMD ["/usr/local/bin/spiegel", "healthcheck"]
 ENTRYPOINT ["/usr/local/bin/spiegel"]
-CMD ["run"]
+# As the variables of Node Spiegel's image say (TYPE, URL, …), or else `run`.
+CMD ["container"]

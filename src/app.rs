@@ -5,6 +5,7 @@
 
 pub mod couch_health;
 mod delivery_settings;
+mod means;
 mod operations;
 pub mod restart;
 mod signals;
@@ -16,11 +17,11 @@ mod tests;
 
 use crate::admin::{self, Admin};
 use crate::checkpoints::{self, Checkpoints, CheckpointsActor};
-use crate::config::{Coexist, Role, Settings};
+use crate::config::{Role, Settings};
 use crate::couch::Couch;
 use crate::db::directory::{self, DbDirectory};
-use crate::db::listen::Tools;
 use crate::db::rule_health::RuleHealth;
+use crate::db::update_listener::{self, Replicators, UpdateListener};
 use crate::db::{self, Shared};
 use crate::deliveries::{self, Book, Deliveries, DeliveriesActor};
 use crate::feed::cursor::Ledger;
@@ -36,7 +37,6 @@ use crate::rules::{self, RulesActor};
 use crate::schedule::Pool;
 use crate::schedule::backoff::Backoff;
 use crate::telemetry::{ChildLabels, Metrics};
-use crate::topology::attempt::Means;
 use crate::topology::{self, Topology};
 use crate::vault::Vault;
 use crate::webhook::HttpSender;
@@ -50,7 +50,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use stopping::Stopping;
-use tokio::sync::{Semaphore, oneshot, watch};
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -378,6 +378,29 @@ impl State {
                 self.built.workers = Some(actor.clone());
                 actor.get_cell()
             }
+            Child::UpdateListener => {
+                let queue = Arc::new(update_listener::Queue::default());
+                let replicators = update_listener::ReplicatorsArguments {
+                    queue: queue.clone(),
+                    snapshot: publish.subscribe(),
+                    local_url: couch.settings().url.clone(),
+                };
+                let arguments = update_listener::Arguments {
+                    couch: couch.clone(),
+                    checkpoints: needed(&self.built.checkpoints)?,
+                    snapshot: publish.subscribe(),
+                    debts: ledger.clone(),
+                    backoff,
+                    batch_size: settings.roles.batch_size,
+                    batch_timeout: settings.roles.batch_timeout,
+                };
+                let (actor, _) = Actor::spawn_linked(None, UpdateListener, (arguments, queue), supervisor).await?;
+                let cell = actor.get_cell();
+                let (topology, _) = Actor::spawn_linked(None, Replicators, replicators, cell.clone()).await?;
+                self.built.topology = Some(topology);
+                self.built.directory = Some(actor);
+                cell
+            }
             Child::GlobalChanges => {
                 let arguments = feed::Arguments {
                     couch: couch.clone(),
@@ -411,56 +434,6 @@ impl State {
     fn deliveries(&self) -> Result<Deliveries, ActorProcessingErr> {
         let settings = delivery_settings::of(&self.world.settings);
         Ok(Deliveries::new(self.world.book.clone(), needed(&self.built.delivery_store)?, Arc::new(settings)))
-    }
-}
-
-impl State {
-    /// What is dirty when the others are gone is for whoever works without locks.
-    fn alone(&self) -> Arc<dyn Fn() + Send + Sync> {
-        let directory = self.built.directory.clone();
-        Arc::new(move || {
-            if let Some(directory) = &directory {
-                let _ = directory.cast(directory::Message::LoadAgain);
-            }
-        })
-    }
-
-    fn listen_tools(&self, backoff: Backoff) -> Result<Tools, ActorProcessingErr> {
-        let World { settings, couch, vault, rule_health, started, .. } = self.world.as_ref();
-        Ok(Tools {
-            couch: couch.clone(),
-            spiegel_db: settings.db_name.clone(),
-            checkpoints: needed(&self.built.checkpoints)?,
-            webhooks: needed(&self.built.webhooks)?,
-            deliveries: self.deliveries()?,
-            vault: vault.clone(),
-            backoff,
-            batch_size: settings.db.batch_size,
-            pages: Arc::new(Semaphore::new(PAGES_MAX)),
-            rule_health: rule_health.clone(),
-            started: *started,
-        })
-    }
-
-    fn replication_means(&self) -> Result<Means, ActorProcessingErr> {
-        let World { settings, native, vault, .. } = self.world.as_ref();
-        Ok(Means {
-            pool: needed(&self.built.replicators)?,
-            native: native.clone(),
-            engine: settings.replication.engine,
-            vault: vault.clone(),
-        })
-    }
-}
-
-/// Pages of changes held in memory at once: with a batch of 200 documents of 10 KB each, 128 MB.
-const PAGES_MAX: usize = 64;
-
-fn mixed_of(settings: &Settings) -> Mixed {
-    match (settings.role, settings.coexist) {
-        (Role::Everything, Coexist::Auto) => Mixed::auto(),
-        (Role::Everything, choice) => Mixed::always(choice == Coexist::Always),
-        _ => Mixed::always(true),
     }
 }
 
@@ -526,14 +499,21 @@ impl App {
             started: Instant::now(),
             topology: watch::channel(None).0,
             own: Arc::default(),
-            mixed: mixed_of(&settings),
+            mixed: means::mixed_of(&settings),
             settings,
         });
         let admin_stop = CancellationToken::new();
         let admin = match world.settings.admin_listen {
             Some(listen) => {
                 let serving = admin::serve(listen, status::pages(&world), admin_stop.clone()).await;
-                Some(serving.with_context(|| format!("listen on admin.listen {listen}"))?)
+                match serving {
+                    // The original has no port, so nobody sees to one for each of its processes.
+                    Err(error) if is_taken(&error) && world.settings.role != Role::Everything => {
+                        tracing::warn!(%listen, "admin.listen is taken by another process, going on without the admin pages");
+                        None
+                    }
+                    serving => Some(serving.with_context(|| format!("listen on admin.listen {listen}"))?),
+                }
             }
             None => None,
         };
@@ -552,6 +532,10 @@ impl App {
         );
         Ok(Running { world, supervisor, ended, admin, admin_stop })
     }
+}
+
+fn is_taken(error: &std::io::Error) -> bool {
+    error.kind() == std::io::ErrorKind::AddrInUse
 }
 
 impl Running {

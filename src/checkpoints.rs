@@ -30,6 +30,9 @@ pub enum Message {
         doc: Value,
         reply: oneshot::Sender<Locked>,
     },
+    /// Together, in as few requests as they fit.
+    LoadAll(Vec<(String, oneshot::Sender<Option<Value>>)>),
+    SaveAll(Vec<(Value, oneshot::Sender<WriteResult>)>),
     /// Can wait a moment for a request that is sent anyway.
     SaveAlong {
         doc: Value,
@@ -102,6 +105,20 @@ impl Checkpoints {
         answer
     }
 
+    /// In the order of `ids`.
+    pub async fn load_all(&self, ids: impl IntoIterator<Item = String>) -> Result<Vec<Option<Value>>, Gone> {
+        let (loads, answers): (Vec<_>, Vec<_>) = ids.into_iter().map(with_reply).unzip();
+        self.0.cast(Message::LoadAll(loads)).map_err(|_| Gone)?;
+        all(answers).await
+    }
+
+    /// In the order of `docs`.
+    pub async fn save_all(&self, docs: impl IntoIterator<Item = Value>) -> Result<Vec<WriteResult>, Gone> {
+        let (saves, answers): (Vec<_>, Vec<_>) = docs.into_iter().map(with_reply).unzip();
+        self.0.cast(Message::SaveAll(saves)).map_err(|_| Gone)?;
+        all(answers).await
+    }
+
     /// As `save`, but without a request of its own where another write comes soon.
     pub fn save_along(&self, doc: Value) -> oneshot::Receiver<WriteResult> {
         let (reply, answer) = oneshot::channel();
@@ -134,6 +151,21 @@ impl Checkpoints {
         }
         Err(UpdateError::Contended)
     }
+}
+
+type WithReply<T, A> = ((T, oneshot::Sender<A>), oneshot::Receiver<A>);
+
+fn with_reply<T, A>(asked: T) -> WithReply<T, A> {
+    let (reply, answer) = oneshot::channel();
+    ((asked, reply), answer)
+}
+
+async fn all<A>(answers: Vec<oneshot::Receiver<A>>) -> Result<Vec<A>, Gone> {
+    let mut all = Vec::with_capacity(answers.len());
+    for answer in answers {
+        all.push(answer.await.map_err(|_| Gone)?);
+    }
+    Ok(all)
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -219,6 +251,11 @@ impl Actor for CheckpointsActor {
             }
             Message::Lock { doc, reply } => {
                 state.saves.push((doc, Reply::Locked(reply)));
+                state.saves.append(&mut state.along);
+            }
+            Message::LoadAll(loads) => state.loads.extend(loads),
+            Message::SaveAll(saves) => {
+                state.saves.extend(saves.into_iter().map(|(doc, reply)| (doc, Reply::Saved(reply))));
                 state.saves.append(&mut state.along);
             }
             Message::SaveAlong { doc, reply } if state.is_hurried => state.saves.push((doc, Reply::Saved(reply))),

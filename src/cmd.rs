@@ -20,14 +20,16 @@ mod status;
 mod table;
 mod uninstall;
 
-use crate::config::{ConfigErrors, Flags, Loaded, LogSettings, Settings};
+use crate::config::original::{Original, OriginalFlags, Type};
+use crate::config::{self, ConfigErrors, Flags, Loaded, LogSettings, Settings, Sources};
 use crate::couch::{Couch, CouchError};
 use crate::telemetry::{self, Metrics};
 use crate::vault::{Vault, redact_text};
 use crate::webhook::HttpSender;
 use clap::error::ErrorKind;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use rules::RulesCommand;
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
@@ -36,22 +38,33 @@ use std::sync::Arc;
 #[derive(Debug, Parser)]
 #[command(
     name = "spiegel",
-    version,
     about = "Acts on CouchDB's changes: replicates the databases that changed and calls an HTTP API for the documents that changed.",
-    subcommand_required = true,
-    arg_required_else_help = true,
     disable_help_subcommand = true,
+    disable_version_flag = true,
+    override_usage = "spiegel [OPTIONS] <COMMAND>\n       spiegel --type=<TYPE> --url=<URL> [OPTIONS]",
     after_help = "To start:\n  \
         export SPIEGEL_COUCHDB_URL=http://user:password@127.0.0.1:5984\n  \
         spiegel install   # creates the spiegel database\n  \
         spiegel check     # says what is missing, and what to do\n  \
         spiegel run"
 )]
-pub struct Args {
+struct CommandLine {
+    /// Print version
+    #[arg(short = 'V', long, num_args = 0..=1, require_equals = true, default_missing_value = "")]
+    version: Option<String>,
     #[command(flatten)]
-    pub flags: Flags,
+    flags: Flags,
+    #[command(flatten)]
+    original: OriginalFlags,
     #[command(subcommand)]
+    command: Option<Command>,
+}
+
+/// What this process is to do, and where its settings come from.
+#[derive(Debug)]
+pub struct Args {
     pub command: Command,
+    pub sources: Sources,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Subcommand)]
@@ -82,6 +95,9 @@ pub enum Command {
     Deliveries(deliveries::Command),
     /// Print the version
     Version,
+    /// What the container image does where it is given no command: as TYPE says, or run
+    #[command(hide = true)]
+    Container,
     /// Ask the running process whether it is alive: exit code 0 or 1 (for containers)
     Healthcheck {
         /// Ask whether it is ready: CouchDB answers, and the feed is open
@@ -165,34 +181,105 @@ impl Failure {
 impl Args {
     /// Help and errors are printed here; what remains is the exit code.
     pub fn of_this_process() -> Result<Self, Exit> {
-        Self::parse_or_say(std::env::args_os())
+        Self::parse_or_say(std::env::args_os(), config::environment_of_this_process())
     }
 
-    fn parse_or_say(arguments: impl IntoIterator<Item = OsString>) -> Result<Self, Exit> {
-        let error = match Self::try_parse_from(arguments) {
-            Ok(args) => return Ok(args.with_what_flags_mean()),
-            Err(error) => error,
-        };
-        if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
-            let _ = error.print();
-            return Err(Exit::Done);
+    fn parse_or_say(arguments: impl IntoIterator<Item = OsString>, environment: BTreeMap<String, String>) -> Result<Self, Exit> {
+        let mut arguments: Vec<OsString> = arguments.into_iter().collect();
+        // The original's image names its program once more.
+        if arguments.get(1).is_some_and(|first| first == ORIGINAL_PROGRAM) {
+            arguments.remove(1);
         }
-        // An argument in the wrong place is repeated in the text, and may be a URL with its password.
-        let rendered = error.render();
-        let text = if std::io::stderr().is_terminal() { rendered.ansi().to_string() } else { rendered.to_string() };
-        let _ = write!(std::io::stderr(), "{}", redact_text(&text));
-        Err(Exit::Usage)
+        let is_bare = arguments.len() <= 1;
+        let line = CommandLine::try_parse_from(arguments).map_err(|error| say_error(&error))?;
+        match line.resolve(environment, is_bare) {
+            Ok(Resolved::Args(args)) => Ok(*args),
+            Ok(Resolved::Help) => {
+                let help = CommandLine::command().render_long_help();
+                let _ = write!(std::io::stderr(), "{help}");
+                Err(Exit::Usage)
+            }
+            Ok(Resolved::Version(text)) => {
+                say(&text);
+                Err(Exit::Done)
+            }
+            Err(error) => Err(say_error(&error)),
+        }
     }
+}
 
+const ORIGINAL_PROGRAM: &str = "/usr/local/bin/spiegel";
+
+enum Resolved {
+    Args(Box<Args>),
+    Version(String),
+    /// Nothing was asked for.
+    Help,
+}
+
+impl CommandLine {
+    /// The environment counts only where no command is given.
+    fn resolve(self, environment: BTreeMap<String, String>, is_bare: bool) -> Result<Resolved, clap::Error> {
+        let misused = |problem: String| Self::command().error(ErrorKind::ValueValidation, problem);
+        match self.version.as_deref() {
+            Some("") => return Ok(Resolved::Version(String::from(concat!("spiegel ", env!("CARGO_PKG_VERSION"))))),
+            Some(_) => return Ok(Resolved::Version(String::from(env!("CARGO_PKG_VERSION")))),
+            None => {}
+        }
+        let is_in_container = self.command == Some(Command::Container);
+        if let (Some(command), false) = (&self.command, is_in_container) {
+            if let Some(flag) = self.original.first() {
+                return Err(misused(format!("{flag} is Node Spiegel's, and goes with --type instead of a command")));
+            }
+            let command = command.clone().meant(&self.flags);
+            let sources = Sources { environment, flags: self.flags, original: None };
+            return Ok(Resolved::Args(Box::new(Args { command, sources })));
+        }
+        if environment.get("VERSION").is_some_and(|text| text == "true") {
+            return Ok(Resolved::Version(String::from(env!("CARGO_PKG_VERSION"))));
+        }
+        let has_passwords_file = self.flags.passwords_file.is_some();
+        let original = Original::of(&self.original, has_passwords_file, &environment).map_err(|error| misused(error.0))?;
+        let command = match original.as_ref().map(|original| original.kind) {
+            Some(Type::Install) => Command::Install,
+            Some(Type::Uninstall) => Command::Uninstall,
+            Some(Type::UpdateListener | Type::ChangeListener | Type::Replicator) => Command::Run { install: false },
+            None if is_in_container => Command::Run { install: false },
+            None if is_bare => return Ok(Resolved::Help),
+            None => return Err(Self::command().error(ErrorKind::MissingSubcommand, "a command is missing, or --type")),
+        };
+        let sources = Sources { environment, flags: self.flags, original };
+        match sources.original.is_some() && !sources.name_couchdb() {
+            true => Err(misused(String::from(
+                "--url (or the variable URL) is missing: the address of CouchDB, with an admin and the password",
+            ))),
+            false => Ok(Resolved::Args(Box::new(Args { command, sources }))),
+        }
+    }
+}
+
+impl Command {
     /// Settings do not tell whether a level was asked for.
-    #[cfg_attr(not(feature = "dev"), allow(unused_mut))]
-    fn with_what_flags_mean(mut self) -> Self {
+    #[cfg_attr(not(feature = "dev"), allow(unused_mut, unused_variables))]
+    fn meant(mut self, flags: &Flags) -> Self {
         #[cfg(feature = "dev")]
-        if let Command::Demo { with_logs } = &mut self.command {
-            *with_logs = self.flags.log_level.is_some();
+        if let Command::Demo { with_logs } = &mut self {
+            *with_logs = flags.log_level.is_some();
         }
         self
     }
+}
+
+fn say_error(error: &clap::Error) -> Exit {
+    if error.kind() == ErrorKind::DisplayHelp {
+        let _ = error.print();
+        return Exit::Done;
+    }
+    // An argument in the wrong place is repeated in the text, and may be a URL with its password.
+    let rendered = error.render();
+    let text = if std::io::stderr().is_terminal() { rendered.ansi().to_string() } else { rendered.to_string() };
+    let _ = write!(std::io::stderr(), "{}", redact_text(&text));
+    Exit::Usage
 }
 
 pub async fn execute(command: Command, loaded: Result<Loaded, ConfigErrors>) -> Exit {
@@ -249,6 +336,8 @@ async fn one(command: Command, loaded: Loaded) -> Result<Exit, Failure> {
         Command::Demo { .. } => demo::demo().await,
         // Done above: they need no sound config.
         Command::Version | Command::Check | Command::Rules(RulesCommand::Test(_)) => Ok(Exit::Done),
+        // Never here: what it means was found out with the command line.
+        Command::Container => Ok(Exit::Done),
     }
 }
 
@@ -283,14 +372,18 @@ fn vault(settings: &Settings) -> Result<Arc<Vault>, Failure> {
 mod tests {
     use super::*;
 
+    fn parse_in(environment: &[(&str, &str)], line: &str) -> Result<Args, Exit> {
+        let environment = environment.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect();
+        Args::parse_or_say(line.split_whitespace().map(OsString::from), environment)
+    }
+
     fn parse(line: &str) -> Result<Args, Exit> {
-        Args::parse_or_say(line.split_whitespace().map(OsString::from))
+        parse_in(&[], line)
     }
 
     #[test]
     fn the_command_line_is_sound() {
-        use clap::CommandFactory;
-        Args::command().debug_assert();
+        CommandLine::command().debug_assert();
     }
 
     #[test]
@@ -316,8 +409,53 @@ mod tests {
         for line in ["spiegel --url http://h --db-name d run", "spiegel run --url http://h --db-name d"] {
             let args = parse(line).expect("legal");
             assert_eq!(args.command, Command::Run { install: false });
-            assert_eq!((args.flags.url.as_deref(), args.flags.db_name.as_deref()), (Some("http://h"), Some("d")), "{line}");
+            let flags = args.sources.flags;
+            assert_eq!((flags.url.as_deref(), flags.db_name.as_deref()), (Some("http://h"), Some("d")), "{line}");
         }
         assert_eq!(parse("spiegel run --install").expect("legal").command, Command::Run { install: true });
+    }
+
+    #[test]
+    fn the_original_s_way_is_chosen_by_the_type_alone() {
+        let run = Command::Run { install: false };
+        let url = ("URL", "http://h");
+        let kind = |kind| ("TYPE", kind);
+        type Case<'a> = (&'a [(&'a str, &'a str)], &'a str, Result<Command, Exit>);
+        let cases: [Case<'_>; 31] = [
+            (&[], "spiegel --type=install --url=http://h", Ok(Command::Install)),
+            (&[], "spiegel --type uninstall --url http://h", Ok(Command::Uninstall)),
+            (&[], "spiegel --url=http://h --type=update-listener --batch-size 5 --batch-timeout=7", Ok(run.clone())),
+            (&[], "spiegel --type=change-listener --url=http://h --passwords-file=x --backoff-delay 3", Ok(run.clone())),
+            (&[], "spiegel --type=replicator --url=http://h --concurrency=3 --retry-after=1", Ok(run.clone())),
+            (&[], "spiegel /usr/local/bin/spiegel --type=replicator --url=http://h", Ok(run.clone())),
+            (&[kind("install"), url], "spiegel", Ok(Command::Install)),
+            (&[kind("install"), url], "spiegel container", Ok(Command::Install)),
+            (&[kind("replicator"), url], "spiegel --log-level=debug", Ok(run.clone())),
+            (&[kind("install"), url], "spiegel --type=uninstall", Ok(Command::Uninstall)),
+            (&[kind("uninstall"), ("SPIEGEL_COUCHDB_URL_FILE", "/run/secrets/url")], "spiegel", Ok(Command::Uninstall)),
+            (&[kind("uninstall"), url], "spiegel check", Ok(Command::Check)),
+            (&[kind("uninstall"), url], "spiegel run", Ok(run.clone())),
+            (&[kind("no-such-type"), url], "spiegel check", Ok(Command::Check)),
+            (&[], "spiegel container", Ok(run.clone())),
+            (&[url], "spiegel container", Ok(run.clone())),
+            (&[kind("")], "spiegel container", Ok(run)),
+            (&[("VERSION", "true")], "spiegel", Err(Exit::Done)),
+            (&[("VERSION", "true"), kind("install"), url], "spiegel container", Err(Exit::Done)),
+            (&[("VERSION", "2.0")], "spiegel", Err(Exit::Usage)),
+            (&[], "spiegel --version=true", Err(Exit::Done)),
+            (&[kind("")], "spiegel", Err(Exit::Usage)),
+            (&[url], "spiegel", Err(Exit::Usage)),
+            (&[], "spiegel --type=install", Err(Exit::Usage)),
+            (&[kind("install")], "spiegel", Err(Exit::Usage)),
+            (&[kind("instal"), url], "spiegel", Err(Exit::Usage)),
+            (&[], "spiegel --type=Replicator --url=http://h", Err(Exit::Usage)),
+            (&[], "spiegel --type=replicator --url=http://h --batch-size=5", Err(Exit::Usage)),
+            (&[], "spiegel --type=install --url=http://h --passwords-file=x", Err(Exit::Usage)),
+            (&[url], "spiegel --batch-size=5", Err(Exit::Usage)),
+            (&[url], "spiegel --batch-size=5 run", Err(Exit::Usage)),
+        ];
+        for (environment, line, expected) in cases {
+            assert_eq!(parse_in(environment, line).map(|args| args.command), expected, "{environment:?} {line}");
+        }
     }
 }

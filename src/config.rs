@@ -6,9 +6,11 @@
 
 mod check;
 mod layers;
+pub mod original;
 
 use crate::couch::CouchSettings;
 use ipnet::IpNet;
+use original::Original;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::SocketAddr;
@@ -249,6 +251,8 @@ pub enum LogFormat {
     Auto,
     Human,
     Json,
+    /// JSON as the tool `bunyan` reads it, on standard output.
+    Bunyan,
 }
 
 /// What the flags said; each is a key of the file by another name, but for `config`.
@@ -276,24 +280,34 @@ pub struct Flags {
     /// error, warn, info, debug or trace [default: info]
     #[arg(long, global = true, value_name = "LEVEL")]
     pub log_level: Option<String>,
-    /// auto, human or json [default: auto]
+    /// auto, human, json or bunyan [default: auto]
     #[arg(long, global = true, value_name = "FORMAT")]
     pub log_format: Option<String>,
 }
 
-/// Where settings come from, later over earlier: the file (named by `--config` or `SPIEGEL_CONFIG`), the environment, the flags.
+/// Where settings come from, later over earlier: the file (named by `--config` or `SPIEGEL_CONFIG`), the environment, the flags. In
+/// the original's way its defaults lie below the file, and its variables above our own.
 #[derive(Debug, Clone, Default)]
 pub struct Sources {
     pub environment: BTreeMap<String, String>,
     pub flags: Flags,
+    /// The process was started in the original's way.
+    pub original: Option<Original>,
 }
 
 impl Sources {
-    /// The process's own environment. A value that is not Unicode is carried along damaged, to be refused as a bad value.
-    pub fn of_this_process(flags: Flags) -> Self {
-        let text = |os: std::ffi::OsString| os.to_string_lossy().into_owned();
-        Self { environment: std::env::vars_os().map(|(name, value)| (text(name), text(value))).collect(), flags }
+    /// Whether anybody says which CouchDB, or names a file that may.
+    pub fn name_couchdb(&self) -> bool {
+        let variables = ["URL", "SPIEGEL_COUCHDB_URL", "SPIEGEL_COUCHDB_URL_FILE", "SPIEGEL_CONFIG"];
+        let is_set = |name: &str| self.environment.get(name).is_some_and(|text| !text.is_empty());
+        self.flags.url.is_some() || self.flags.config.is_some() || variables.into_iter().any(is_set)
     }
+}
+
+/// The process's own environment. A value that is not Unicode is carried along damaged, to be refused as a bad value.
+pub fn environment_of_this_process() -> BTreeMap<String, String> {
+    let text = |os: std::ffi::OsString| os.to_string_lossy().into_owned();
+    std::env::vars_os().map(|(name, value)| (text(name), text(value))).collect()
 }
 
 #[derive(Debug, Clone)]

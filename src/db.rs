@@ -7,11 +7,14 @@
 pub mod debounce;
 pub mod deliver;
 pub mod directory;
+pub mod dirty;
 pub mod durable;
 pub mod known;
 pub mod listen;
+pub mod pace;
 pub mod positions;
 pub mod rule_health;
+pub mod update_listener;
 
 use crate::couch::fingerprint::Fingerprint;
 use crate::job::{Claim, DbName, Debts};

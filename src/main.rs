@@ -1,7 +1,7 @@
 //! Arguments ▶ config ▶ run; exit codes. Nothing else.
 
 use spiegel::cmd::{self, Args, Exit};
-use spiegel::config::{self, Sources};
+use spiegel::config;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -22,7 +22,7 @@ fn main() -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return cmd::complain(Exit::Internal, &format!("start the runtime: {error}")).into(),
     };
-    let loaded = config::load(Sources::of_this_process(args.flags));
+    let loaded = config::load(args.sources);
     let exit = runtime.block_on(cmd::execute(args.command, loaded));
     runtime.shutdown_timeout(LEFTOVERS_TIMEOUT);
     exit.into()

@@ -3,6 +3,7 @@
 //! A secret never reaches this module: URLs are redacted by `vault::redact_text` before they become a field or a label. An event
 //! is one line, whatever a text inside it holds, so that nobody can write a line of ours by naming a document.
 
+mod bunyan;
 mod labels;
 mod metrics;
 
@@ -15,18 +16,22 @@ use tracing_subscriber::filter::Targets;
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::prelude::*;
 
-/// Starts logging to stderr. Only the first call of a process has an effect.
+/// Starts logging to stderr; for `bunyan` to stdout, as it is piped from there. Only the first call of a process has an effect.
 pub fn start_logs(settings: &LogSettings) {
     let is_terminal = std::io::stderr().is_terminal();
     let wants_colour = is_terminal && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
     let human = match settings.format {
         LogFormat::Human => true,
-        LogFormat::Json => false,
+        LogFormat::Json | LogFormat::Bunyan => false,
         LogFormat::Auto => is_terminal,
     };
     let layer = tracing_subscriber::fmt::layer().with_writer(OneLine(std::io::stderr)).with_target(false);
     let registry = tracing_subscriber::registry().with(targets(&settings.level));
     let started = match human {
+        _ if settings.format == LogFormat::Bunyan => {
+            let layer = tracing_subscriber::fmt::layer().with_writer(OneLine(std::io::stdout));
+            registry.with(layer.event_format(bunyan::Bunyan::of_this_process())).try_init()
+        }
         true => registry.with(layer.with_ansi(wants_colour)).try_init(),
         false => registry.with(layer.json().flatten_event(true).with_current_span(false).with_span_list(false)).try_init(),
     };

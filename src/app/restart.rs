@@ -17,11 +17,13 @@ pub enum Child {
     Topology,
     DbDirectory,
     Workers,
+    /// Stands where the topology and the directory stand in a process that does everything.
+    UpdateListener,
     GlobalChanges,
 }
 
 impl Child {
-    pub const ALL: [Child; 11] = [
+    pub const ALL: [Child; 12] = [
         Child::CouchHealth,
         Child::Rules,
         Child::Checkpoints,
@@ -32,6 +34,7 @@ impl Child {
         Child::Topology,
         Child::DbDirectory,
         Child::Workers,
+        Child::UpdateListener,
         Child::GlobalChanges,
     ];
 
@@ -39,11 +42,12 @@ impl Child {
     pub fn all_of(role: Role) -> Vec<Child> {
         use Child::*;
         let is_of = |child: &Child| match role {
+            Role::UpdateListener => matches!(child, CouchHealth | Rules | Checkpoints | UpdateListener | GlobalChanges),
             Role::ChangeListener => {
                 matches!(child, CouchHealth | Rules | Checkpoints | DeliveryStore | WebhookPool | Deliveries | Workers)
             }
             Role::Replicator => matches!(child, CouchHealth | Rules | Checkpoints | ReplicatorPool | Workers),
-            Role::Everything | Role::UpdateListener => true,
+            Role::Everything => *child != UpdateListener,
         };
         Self::ALL.into_iter().filter(is_of).collect()
     }
@@ -59,7 +63,8 @@ impl Child {
             Child::Workers => {
                 &[Child::Checkpoints, Child::DeliveryStore, Child::WebhookPool, Child::ReplicatorPool, Child::DbDirectory]
             }
-            Child::GlobalChanges => &[Child::Checkpoints, Child::Topology, Child::DbDirectory],
+            Child::UpdateListener => &[Child::Checkpoints],
+            Child::GlobalChanges => &[Child::Checkpoints, Child::Topology, Child::DbDirectory, Child::UpdateListener],
         }
     }
 
@@ -75,6 +80,7 @@ impl Child {
             Child::Topology => "topology",
             Child::DbDirectory => "db_directory",
             Child::Workers => "workers",
+            Child::UpdateListener => "update_listener",
             Child::GlobalChanges => "global_changes",
         }
     }
@@ -146,6 +152,7 @@ mod tests {
             assert_eq!(to_rebuild(failed, Role::Everything), expected, "{failed:?}");
         }
         assert_eq!(to_rebuild(Checkpoints, Role::Replicator), [Checkpoints, Workers]);
+        assert_eq!(to_rebuild(Checkpoints, Role::UpdateListener), [Checkpoints, UpdateListener, GlobalChanges]);
     }
 
     #[test]

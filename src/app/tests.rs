@@ -16,6 +16,10 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 impl Stage {
     async fn set() -> Self {
+        Self::set_as(Role::Everything).await
+    }
+
+    async fn set_as(role: Role) -> Self {
         let options = DevOptions {
             listen: ([127, 0, 0, 1], 0).into(),
             user: "admin".into(),
@@ -27,7 +31,9 @@ impl Stage {
         let environment: BTreeMap<String, String> = [
             ("SPIEGEL_COUCHDB_URL", url.as_str()),
             ("SPIEGEL_ADMIN_LISTEN", ""),
+            ("SPIEGEL_ROLE", role.name()),
             ("SPIEGEL_DEBOUNCE_QUIET", "10ms"),
+            ("SPIEGEL_ROLES_BATCH_TIMEOUT", "50ms"),
             ("SPIEGEL_SHUTDOWN_DEADLINE", "2s"),
         ]
         .map(|(name, value)| (name.to_string(), value.to_string()))
@@ -63,16 +69,16 @@ impl Stage {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn whichever_child_is_killed_the_work_goes_on() {
     // More kills than a process bears in a minute.
-    let middle = Child::ALL.len() / 2;
+    let middle = Child::all_of(Role::Everything).len() / 2;
     kill_each(0..middle).await;
-    kill_each(middle..Child::ALL.len()).await;
+    kill_each(middle..Child::all_of(Role::Everything).len()).await;
 }
 
 async fn kill_each(rounds: std::ops::Range<usize>) {
     let stage = Stage::set().await;
     stage.works("before").await;
     let children = stage.running.supervisor.get_children().len();
-    assert_eq!(children, Child::ALL.len());
+    assert_eq!(children, Child::all_of(Role::Everything).len());
     for round in rounds.clone() {
         let mut cells = stage.running.supervisor.get_children();
         cells.sort_by_key(ActorCell::get_id);
@@ -90,6 +96,39 @@ async fn kill_each(rounds: std::ops::Range<usize>) {
     assert!(started.elapsed() < Duration::from_secs(4), "{:?}", started.elapsed());
     let changes = stage.couch.changes("target", &ChangesQuery::default()).await.expect("it answers");
     assert_eq!(changes.rows.len(), rounds.len() + 1);
+    stage.server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whichever_child_of_an_update_listener_is_killed_changes_are_marked() {
+    let stage = Stage::set_as(Role::UpdateListener).await;
+    let marked = async |document: &str| {
+        let doc = stage.couch.get_doc("spiegel", "copy").await.expect("it answers").expect("the replicator");
+        let mut cleaned = doc.clone();
+        cleaned["dirty"] = serde_json::json!(false);
+        stage.couch.put_doc("spiegel", "copy", &cleaned).await.expect("cleaned");
+        stage.couch.put_doc("source", document, &serde_json::json!({})).await.expect("a document");
+        let is_dirty =
+            async || stage.couch.get_doc("spiegel", "copy").await.is_ok_and(|doc| doc.is_some_and(|doc| doc["dirty"] == true));
+        stage.until(&format!("{document} makes it dirty"), is_dirty).await;
+    };
+    marked("before").await;
+    let children = stage.running.supervisor.get_children().len();
+    assert_eq!(children, Child::all_of(Role::UpdateListener).len());
+    let restarts = |child: Child| stage.running.world.metrics.restarts.get_or_create(&ChildLabels { child: child.name() }).get();
+    let all_restarts = || Child::ALL.into_iter().map(restarts).sum::<u64>();
+    for round in 0..children {
+        let mut cells = stage.running.supervisor.get_children();
+        cells.sort_by_key(ActorCell::get_id);
+        let before = all_restarts();
+        cells[round].kill();
+        stage.until("the death is noticed", async || all_restarts() > before).await;
+        marked(&format!("after-{round}")).await;
+        stage.until("all stand again", async || stage.running.supervisor.get_children().len() == children).await;
+    }
+    let started = Instant::now();
+    stage.running.stop().await;
+    assert!(started.elapsed() < Duration::from_secs(4), "{:?}", started.elapsed());
     stage.server.stop().await;
 }
 

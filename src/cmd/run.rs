@@ -14,7 +14,8 @@ const LOOK_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
 pub(super) async fn run(settings: Settings, with_install: bool) -> Result<Exit, Failure> {
     let mut signals = signals()?;
-    info!(version = env!("CARGO_PKG_VERSION"), couchdb = %settings.couchdb.url, db = settings.db_name, "spiegel starts");
+    let role = settings.role.name();
+    info!(version = env!("CARGO_PKG_VERSION"), role, couchdb = %settings.couchdb.url, db = settings.db_name, "spiegel starts");
     let vault = vault(&settings)?;
     let couch = couch(&settings)?;
     let app = App::open(settings.clone(), Vault::clone(&vault), couch.clone()).await.map_err(|error| internal(&error))?;

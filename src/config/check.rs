@@ -1,6 +1,6 @@
 //! From what was said to what may be believed: types, ranges, and pairs that contradict each other.
 
-use super::layers::{Given, Layers, Origin, Raw, URL_KEY};
+use super::layers::{Given, Layers, Origin, Raw, URL_KEY, Unit};
 use super::{
     Coexist, ConfigErrors, DbSettings, DebounceSettings, DeliverySettings, EngineChoice, FeedSettings, LogFormat, LogSettings,
     ReplicationSettings, Retry, Role, RoleSettings, Settings, WebhookSettings,
@@ -58,7 +58,7 @@ impl Reader {
             defaults: layers.defaults,
             refused: BTreeSet::new(),
             errors: layers.errors,
-            warnings: Vec::new(),
+            warnings: layers.warnings,
         }
     }
 
@@ -197,7 +197,7 @@ impl Reader {
             retry: Retry {
                 exponential: strategy != "linear",
                 delay: self.duration("deliveries.retry_delay", MOMENT..=YEAR),
-                multiplier: self.number("deliveries.retry_multiplier", 1..=100) as f64,
+                multiplier: self.factor("deliveries.retry_multiplier", 1.0..=100.0),
                 cap: self.duration("deliveries.retry_cap", MOMENT..=YEAR),
                 limit: (limit > 0).then_some(limit),
                 give_up_after: gives_up.then(|| self.duration("deliveries.give_up_after", MOMENT..=YEAR)),
@@ -263,6 +263,7 @@ impl Reader {
     fn duration(&mut self, key: &str, allowed: RangeInclusive<Duration>) -> Duration {
         let parsed = match self.given(key) {
             (Raw::Text(text), _) => humantime::parse_duration(text.trim()).ok(),
+            (Raw::Counted { text, unit }, shown) => return self.counted(key, &text, &shown, unit, allowed),
             _ => None,
         };
         let (_, shown) = self.given(key);
@@ -280,6 +281,19 @@ impl Reader {
             }
         }
         humantime::parse_duration(&self.default_text(key)).unwrap_or_default()
+    }
+
+    /// The original's numbers. Its zeros mean "at once", where the shortest that is allowed here is as good.
+    fn counted(&mut self, key: &str, text: &str, shown: &str, unit: Unit, allowed: RangeInclusive<Duration>) -> Duration {
+        let number = text.trim().parse::<f64>().ok().filter(|number| number.is_finite() && *number >= 0.0);
+        let seconds = number.map(|number| if unit == Unit::Seconds { number } else { number / 1000.0 });
+        let (min, max) = (*allowed.start(), *allowed.end());
+        match seconds.map(Duration::try_from_secs_f64) {
+            Some(Ok(duration)) if duration <= max => return duration.max(min),
+            Some(_) => self.refuse(key, format!("{shown} is out of range: allowed are at most {} seconds", max.as_secs())),
+            None => self.refuse(key, format!("{shown} is not a number of {}", unit.name())),
+        }
+        min
     }
 
     fn number(&mut self, key: &str, allowed: RangeInclusive<u64>) -> u64 {
@@ -300,6 +314,23 @@ impl Reader {
             Some(Raw::Integer(number)) => u64::try_from(*number).unwrap_or_default(),
             _ => *min,
         }
+    }
+
+    fn factor(&mut self, key: &str, allowed: RangeInclusive<f64>) -> f64 {
+        let (raw, shown) = self.given(key);
+        let parsed = match &raw {
+            Raw::Integer(number) => Some(*number as f64),
+            Raw::Float(number) => Some(*number),
+            Raw::Text(text) if !matches!(self.values[key].origin, Origin::File { .. }) => text.trim().parse().ok(),
+            _ => None,
+        };
+        let (min, max) = (allowed.start(), allowed.end());
+        match parsed {
+            Some(number) if allowed.contains(&number) => return number,
+            Some(_) => self.refuse(key, format!("{shown} is out of range: allowed is from {min} to {max}")),
+            None => self.refuse(key, format!("{shown} is not a number: allowed is from {min} to {max}, without quotes")),
+        }
+        *min
     }
 
     fn size(&mut self, key: &str, allowed: RangeInclusive<u64>) -> usize {
@@ -416,7 +447,18 @@ impl Reader {
     }
 
     fn log_level(&mut self) -> String {
-        let level = self.text("log.level").to_lowercase();
+        let level = self.text("log.level").trim().to_lowercase();
+        // The original's logger takes numbers, and shows what is at or above them.
+        if let Ok(number @ 1..=1000) = level.parse::<u32>() {
+            let name = match number {
+                1..=10 => "trace",
+                11..=20 => "debug",
+                21..=30 => "info",
+                31..=40 => "warn",
+                _ => "error",
+            };
+            return String::from(name);
+        }
         match level.as_str() {
             "error" | "warn" | "info" | "debug" | "trace" => level,
             // The original's logger has a level above error.
@@ -461,9 +503,10 @@ impl Reader {
             "auto" => LogFormat::Auto,
             "human" => LogFormat::Human,
             "json" => LogFormat::Json,
+            "bunyan" => LogFormat::Bunyan,
             _ => {
                 let (_, shown) = self.given("log.format");
-                self.refuse("log.format", format!("{shown} is not a format: allowed are auto, human and json"));
+                self.refuse("log.format", format!("{shown} is not a format: allowed are auto, human, json and bunyan"));
                 LogFormat::Auto
             }
         }

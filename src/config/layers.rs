@@ -2,6 +2,7 @@
 //!
 //! The known keys are those of `default.toml`, found by walking it, so that none can be forgotten in the environment.
 
+use super::original::Original;
 use super::{DEFAULT_TOML, Sources};
 use crate::vault::redact_text;
 use std::collections::BTreeMap;
@@ -38,13 +39,34 @@ impl fmt::Display for Origin {
     }
 }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub(super) enum Raw {
     Text(String),
     Integer(i64),
+    Float(f64),
     Boolean(bool),
+    /// A number whose unit its name implies.
+    Counted {
+        text: String,
+        unit: Unit,
+    },
     /// Of a type that no key has; its name.
     Other(&'static str),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Unit {
+    Seconds,
+    Milliseconds,
+}
+
+impl Unit {
+    pub fn name(self) -> &'static str {
+        match self {
+            Unit::Seconds => "seconds",
+            Unit::Milliseconds => "milliseconds",
+        }
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -58,10 +80,13 @@ impl Given {
     pub fn shown(&self, key: &str) -> String {
         match &self.raw {
             Raw::Integer(number) => number.to_string(),
+            Raw::Float(number) => number.to_string(),
             Raw::Boolean(_) => String::from("a boolean"),
             Raw::Other(kind) => format!("a {kind}"),
             Raw::Text(text) if key == URL_KEY || text.contains('@') => String::from("the value"),
-            Raw::Text(text) => format!("{:?}", redact_text(&text.chars().take(60).collect::<String>())),
+            Raw::Text(text) | Raw::Counted { text, .. } => {
+                format!("{:?}", redact_text(&text.chars().take(60).collect::<String>()))
+            }
         }
     }
 }
@@ -71,17 +96,24 @@ pub(super) struct Layers {
     pub values: BTreeMap<String, Given>,
     pub defaults: BTreeMap<String, Raw>,
     pub errors: Vec<String>,
+    pub warnings: Vec<String>,
     pub file: Option<PathBuf>,
 }
 
 pub(super) fn collect(sources: &Sources) -> Layers {
     let defaults = defaults();
     let values = defaults.iter().map(|(key, raw)| (key.clone(), Given { raw: raw.clone(), origin: Origin::Default })).collect();
-    let mut layers = Layers { values, defaults, errors: Vec::new(), file: config_path(sources) };
+    let mut layers = Layers { values, defaults, errors: Vec::new(), warnings: Vec::new(), file: config_path(sources) };
+    for (key, raw) in sources.original.iter().flat_map(Original::defaults) {
+        layers.set(key, raw, Origin::Default);
+    }
     if let Some(path) = layers.file.clone() {
         layers.add_file(&path);
     }
     layers.add_environment(&sources.environment);
+    if let Some(original) = &sources.original {
+        layers.add_original(original, &sources.environment);
+    }
     layers.add_flags(&sources.flags);
     layers
 }
@@ -128,6 +160,10 @@ fn raw_of(value: &DeValue<'_>) -> Raw {
         DeValue::Integer(number) => match i64::from_str_radix(&number.as_str().replace('_', ""), number.radix()) {
             Ok(number) => Raw::Integer(number),
             Err(_) => Raw::Other("number beyond 64 bits"),
+        },
+        DeValue::Float(number) => match number.as_str().replace('_', "").parse() {
+            Ok(number) => Raw::Float(number),
+            Err(_) => Raw::Other("number that cannot be read"),
         },
         DeValue::Boolean(is_so) => Raw::Boolean(*is_so),
         other => Raw::Other(other.type_str()),
@@ -191,6 +227,15 @@ impl Layers {
         }
     }
 
+    fn add_original(&mut self, original: &Original, environment: &BTreeMap<String, String>) {
+        for (key, raw, origin) in original.variables(environment).into_iter().chain(original.flags()) {
+            self.set(key, raw, origin);
+        }
+        let kind = original.kind.name();
+        let ignored = original.ignored(environment).into_iter();
+        self.warnings.extend(ignored.map(|name| format!("environment {name} says nothing to type {kind}")));
+    }
+
     fn add_url_file(&mut self, environment: &BTreeMap<String, String>, path: &str) {
         let direct = variable_of(URL_KEY);
         if environment.contains_key(&direct) {
@@ -241,9 +286,13 @@ fn is_foreign(name: &str, value: &str) -> bool {
 fn did_you_mean(unknown: &str, known: &[&str], separator: char) -> String {
     let bare = unknown.strip_prefix(PREFIX).unwrap_or(unknown);
     let same_end: Vec<&&str> = known.iter().filter(|name| name.ends_with(&format!("{separator}{bare}"))).collect();
-    let nearest = match same_end.as_slice() {
+    let meant = match same_end.as_slice() {
         [one] => Some(**one),
-        _ => known.iter().copied().min_by_key(|name| strsim::osa_distance(unknown, name)),
+        _ => nearest(unknown, known),
     };
-    nearest.map_or_else(String::new, |name| format!("; did you mean {name}?"))
+    meant.map_or_else(String::new, |name| format!("; did you mean {name}?"))
+}
+
+pub(super) fn nearest<'a>(unknown: &str, known: &[&'a str]) -> Option<&'a str> {
+    known.iter().copied().min_by_key(|name| strsim::osa_distance(unknown, name))
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 fn environment(pairs: &[(&str, &str)]) -> Sources {
     let environment = pairs.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect();
-    Sources { environment, flags: Flags::default() }
+    Sources { environment, ..Sources::default() }
 }
 
 fn file(text: &str) -> (tempfile::TempDir, Sources) {
@@ -184,7 +184,7 @@ fn bad_values_are_refused_with_the_key_its_origin_and_what_is_allowed() {
         ("SPIEGEL_COUCHDB_URL", "http://host/?a=b", "has a query"),
         ("SPIEGEL_ADMIN_LISTEN", "localhost:9595", "not an IP address with a port"),
         ("SPIEGEL_LOG_LEVEL", "loud", "allowed are error, warn, info, debug and trace"),
-        ("SPIEGEL_LOG_FORMAT", "xml", "allowed are auto, human and json"),
+        ("SPIEGEL_LOG_FORMAT", "xml", "allowed are auto, human, json and bunyan"),
         ("SPIEGEL_WEBHOOK_PER_SECOND_PER_HOST", "1000001", "out of range"),
         ("SPIEGEL_WEBHOOK_BLOCK_PRIVATE_NETWORKS", "yes", "\"yes\" is neither true nor false"),
         ("SPIEGEL_WEBHOOK_ALLOW_NETWORKS", "10.0.0.0/8, localhost", "is not a list of networks"),

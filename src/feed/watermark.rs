@@ -31,11 +31,13 @@ pub enum Urgency {
 #[derive(Debug, Clone, Default)]
 pub struct Watermark {
     doc: Option<Value>,
+    /// Another process was seen to write it: what is known of it is old.
+    is_shared: bool,
 }
 
 impl Watermark {
     pub async fn load(checkpoints: &Checkpoints) -> Result<Self, crate::checkpoints::Gone> {
-        Ok(Self { doc: checkpoints.load(String::from(ID)).await? })
+        Ok(Self { doc: checkpoints.load(String::from(ID)).await?, is_shared: false })
     }
 
     /// A document without a value counts as none.
@@ -65,6 +67,11 @@ impl Watermark {
         urgency: Urgency,
     ) -> Result<(), UpdateError> {
         let mut urgency = urgency;
+        if self.is_shared {
+            self.doc = checkpoints.load(String::from(ID)).await?;
+            // What goes along later would be old again by then.
+            urgency = Urgency::Now;
+        }
         // As many rounds as `Checkpoints::update` has: another process of the same installation writes this, too.
         for _ in 0..20 {
             let mut doc = self.doc.clone().unwrap_or_else(|| json!({ "_id": ID, "type": "global" }));
@@ -87,6 +94,7 @@ impl Watermark {
                 }
                 WriteResult::Conflict => {
                     urgency = Urgency::Now;
+                    self.is_shared = true;
                     self.doc = checkpoints.load(String::from(ID)).await?;
                 }
                 WriteResult::Refused { reason } => return Err(UpdateError::Refused(reason)),
@@ -113,7 +121,7 @@ mod tests {
             (json!({ "clean_stop": "yes", "swept_at": 7 }), false),
         ];
         for (doc, expected) in cases {
-            let watermark = Watermark { doc: Some(doc.clone()) };
+            let watermark = Watermark { doc: Some(doc.clone()), ..Watermark::default() };
             assert_eq!(watermark.can_skip_sweep(now, Duration::from_secs(3600), "r"), expected, "{doc}");
         }
         assert!(!Watermark::default().can_skip_sweep(now, Duration::from_secs(3600), "r"));
@@ -127,7 +135,7 @@ mod tests {
             (json!({ "sweeps_trusting": "5" }), 0),
             (json!({}), 0),
         ] {
-            assert_eq!(Watermark { doc: Some(doc.clone()) }.sweeps_trusting(), expected, "{doc}");
+            assert_eq!(Watermark { doc: Some(doc.clone()), ..Watermark::default() }.sweeps_trusting(), expected, "{doc}");
         }
     }
 
@@ -140,7 +148,7 @@ mod tests {
             (json!({ "value": {} }), None),
             (json!({}), None),
         ] {
-            assert_eq!(Watermark { doc: Some(doc) }.value(), expected);
+            assert_eq!(Watermark { doc: Some(doc), ..Watermark::default() }.value(), expected);
         }
     }
 }

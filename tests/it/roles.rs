@@ -369,10 +369,10 @@ async fn nothing_is_lost_by_kills_of_many_processes(lab: Arc<Lab>) {
         dbs.push(db);
     }
     lab.rule_on("rule", &format!("^{}source", regex::escape(&lab.prefix)), "/hook", json!({})).await;
-    let roles = ["change-listener", "change-listener", "replicator", "replicator"];
     let mut processes = Vec::new();
-    for role in roles {
-        processes.push(worker(&lab, role, &[("DB_BATCH_SIZE", "10")]).await);
+    for role in ["update-listener", "change-listener", "replicator"].into_iter().flat_map(|role| [role; 2]) {
+        let settings = [("DB_BATCH_SIZE", "10"), ("ROLES_BATCH_TIMEOUT", "100ms")];
+        processes.push(worker(&lab, role, &settings).await);
     }
 
     let done = Arc::new(AtomicBool::new(false));
@@ -387,8 +387,6 @@ async fn nothing_is_lost_by_kills_of_many_processes(lab: Arc<Lab>) {
                     json!({ "_id": format!("{name}{number}") })
                 });
                 lab.couch.bulk(&dbs[index], docs.collect()).await;
-                dirty_listener(&lab, &dbs[index]).await;
-                dirty(&lab, &format!("replicator{index}")).await;
                 tokio::time::sleep(Duration::from_millis(random.u64(5..60))).await;
             }
             number

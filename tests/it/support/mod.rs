@@ -2,6 +2,7 @@
 
 pub mod couch;
 pub mod lab;
+pub mod original;
 pub mod process;
 pub mod proxy;
 pub mod receiver;

@@ -16,13 +16,36 @@ const LINES_MAX: usize = 200_000;
 pub fn command(settings: &BTreeMap<String, String>) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_spiegel"));
     for (name, _) in std::env::vars_os() {
-        if name.to_string_lossy().starts_with("SPIEGEL_") {
-            command.env_remove(name);
+        let text = name.to_string_lossy();
+        if text.starts_with("SPIEGEL_") || ORIGINAL_VARIABLES.contains(&text.as_ref()) {
+            command.env_remove(&name);
         }
     }
     command.envs(settings).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
 }
+
+/// Those of Node Spiegel's container.
+const ORIGINAL_VARIABLES: [&str; 18] = [
+    "ASSUME_DELETED_AFTER",
+    "BACKOFF_DELAY",
+    "BACKOFF_LIMIT",
+    "BACKOFF_MULTIPLIER",
+    "BACKOFF_STRATEGY",
+    "BATCH_SIZE",
+    "BATCH_TIMEOUT",
+    "CHECK_STALLED",
+    "CONCURRENCY",
+    "DB_NAME",
+    "LOG_LEVEL",
+    "NAMESPACE",
+    "PASSWORDS_FILE",
+    "RETRY_AFTER",
+    "SAVE_SEQ_AFTER",
+    "TYPE",
+    "URL",
+    "VERSION",
+];
 
 /// What a one-shot command said.
 #[derive(Debug)]
@@ -101,7 +124,11 @@ impl Spiegel {
     }
 
     pub fn start_unready(settings: BTreeMap<String, String>) -> Self {
-        let arguments = vec![String::from("run"), String::from("--install")];
+        Self::start_unready_as(settings, &["run", "--install"])
+    }
+
+    pub fn start_unready_as(settings: BTreeMap<String, String>, arguments: &[&str]) -> Self {
+        let arguments: Vec<String> = arguments.iter().map(ToString::to_string).collect();
         let lines = Lines::default();
         let child = spawn(&settings, &arguments, &lines);
         Self { settings, arguments, child, lines, http: reqwest::Client::new() }
