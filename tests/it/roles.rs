@@ -27,6 +27,7 @@ tests_on! {
         run_works_by_locks_beside_others,
         from_roles_to_run_and_back,
         run_leaves_its_own_work_alone,
+        check_warns_of_our_fields_in_a_mixed_fleet,
     ],
     like_couchdb: [conflicted_revisions_are_removed],
     embedded: [a_202_is_no_lock],
@@ -527,4 +528,18 @@ async fn run_leaves_its_own_work_alone(lab: Arc<Lab>) {
     tokio::time::sleep(Duration::from_secs(3)).await;
     assert!(!spiegel.lines().iter().any(|line| line.contains("working by locks")), "{:?}", spiegel.lines());
     assert_eq!(lab.receiver.count("/hook"), 1);
+}
+
+async fn check_warns_of_our_fields_in_a_mixed_fleet(lab: Arc<Lab>) {
+    lab.install().await;
+    let db = lab.create("db").await;
+    lab.rule("plain", &db, "/hook", json!({ "block": true })).await;
+    lab.rule("ours", &db, "/hook", json!({ "selector": { "n": 1 }, "since": "now" })).await;
+    let told = async || lab.run(&["check"]).await.text.lines().filter(|line| line.contains("Node Spiegel")).count();
+    assert_eq!(told().await, 0, "nobody else is there");
+    let theirs = json!({ "type": "change_listener", "db_name": db, "dirty": false, "last_seq": "0", "updated_at": time(-5000) });
+    lab.spiegel_doc(&listener_id(&db), theirs).await;
+    let text = lab.run(&["check"]).await.text;
+    assert!(text.contains("mixed fleet") && text.contains("pass over selector, since"), "{text}");
+    assert!(!text.contains("rule \"plain\": Node"), "{text}");
 }
