@@ -5,6 +5,7 @@
 
 pub mod couch_health;
 mod delivery_settings;
+mod means;
 mod operations;
 pub mod restart;
 mod signals;
@@ -19,13 +20,15 @@ use crate::checkpoints::{self, Checkpoints, CheckpointsActor};
 use crate::config::{Role, Settings};
 use crate::couch::Couch;
 use crate::db::directory::{self, DbDirectory};
-use crate::db::listen::Tools;
 use crate::db::rule_health::RuleHealth;
 use crate::db::{self, Shared, update_listener};
 use crate::deliveries::{self, Book, Deliveries, DeliveriesActor};
 use crate::feed::cursor::Ledger;
 use crate::feed::sweep::Scope;
 use crate::feed::{self, GlobalChangesActor, sweep};
+use crate::locks::mend::Phantoms;
+use crate::locks::mixed::Mixed;
+use crate::locks::{self, sign::OwnRevs};
 use crate::replicate::native::{NativeEngine, NativeSettings};
 use crate::replicate::{CouchEngine, Engines, Replicator};
 use crate::rules::catalogue::Snapshot;
@@ -36,6 +39,7 @@ use crate::telemetry::{ChildLabels, Metrics};
 use crate::topology::{self, Topology};
 use crate::vault::Vault;
 use crate::webhook::HttpSender;
+use crate::workers::{self, Workers};
 use anyhow::Context;
 use couch_health::CouchHealth;
 use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, SupervisionEvent};
@@ -45,7 +49,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use stop::Stopping;
-use tokio::sync::{Semaphore, oneshot, watch};
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -77,6 +81,10 @@ pub struct World {
     webhooks: watch::Sender<Option<Pool<HttpSender>>>,
     /// Keeps what it knows of checkpoints over a crash of the pool.
     native: Arc<NativeEngine>,
+    /// What this process wrote into the spiegel database lately.
+    own: Arc<OwnRevs>,
+    /// Whether others are at work in the spiegel database, so that work is taken by locks.
+    mixed: Mixed,
 }
 
 pub struct Supervisor;
@@ -102,6 +110,7 @@ struct Built {
     topology: Option<ActorRef<topology::Message>>,
     directory: Option<ActorRef<directory::Message>>,
     feed: Option<ActorRef<feed::Message>>,
+    workers: Option<ActorRef<workers::Message>>,
 }
 
 impl Actor for Supervisor {
@@ -134,11 +143,13 @@ impl Actor for Supervisor {
             Message::Shutdown { done } => {
                 state.is_stopping = true;
                 let stopping = Stopping {
+                    checkpoints: state.built.checkpoints.clone(),
                     feed: state.built.feed.clone(),
                     directory: state.built.directory.clone(),
                     topology: state.built.topology.clone(),
                     webhooks: state.built.webhooks.clone(),
                     deliveries: state.deliveries().ok(),
+                    workers: state.built.workers.clone(),
                     ledger: state.world.ledger.clone(),
                     native: state.world.native.clone(),
                     deadline: state.world.settings.shutdown_deadline,
@@ -231,12 +242,12 @@ impl State {
             ledger,
             sweeps,
             publish,
-            rule_health,
             process,
-            started,
             topology,
             webhooks,
             native,
+            own,
+            mixed,
             ..
         } = self.world.as_ref();
         let backoff = Backoff::new(settings.backoff_base, settings.backoff_cap);
@@ -261,6 +272,7 @@ impl State {
                     db_name: settings.db_name.clone(),
                     backoff: couch_backoff,
                     metrics: metrics.clone(),
+                    own: own.clone(),
                 };
                 let (actor, _) = Actor::spawn_linked(None, CheckpointsActor, arguments, supervisor).await?;
                 self.built.checkpoints = Some(Checkpoints::new(actor.clone()));
@@ -272,6 +284,7 @@ impl State {
                     db_name: deliveries::parked::database_of(&settings.db_name),
                     backoff: couch_backoff,
                     metrics: metrics.clone(),
+                    own: own.clone(),
                 };
                 let (actor, _) = Actor::spawn_linked(None, CheckpointsActor, arguments, supervisor).await?;
                 self.built.delivery_store = Some(Checkpoints::new(actor.clone()));
@@ -318,10 +331,8 @@ impl State {
                 let arguments = topology::Arguments {
                     snapshot: publish.subscribe(),
                     checkpoints: needed(&self.built.checkpoints)?,
-                    pool: needed(&self.built.replicators)?,
-                    native: native.clone(),
-                    engine: settings.replication.engine,
-                    vault: vault.clone(),
+                    means: self.replication_means()?,
+                    mixed: mixed.clone(),
                     backoff,
                     local_url: couch.settings().url.clone(),
                     local_host: local_host(couch),
@@ -334,19 +345,8 @@ impl State {
             }
             Child::DbDirectory => {
                 let shared = Shared {
-                    tools: Tools {
-                        couch: couch.clone(),
-                        spiegel_db: settings.db_name.clone(),
-                        checkpoints: needed(&self.built.checkpoints)?,
-                        webhooks: needed(&self.built.webhooks)?,
-                        deliveries: self.deliveries()?,
-                        vault: vault.clone(),
-                        backoff,
-                        batch_size: settings.db.batch_size,
-                        pages: Arc::new(Semaphore::new(PAGES_MAX)),
-                        rule_health: rule_health.clone(),
-                        started: *started,
-                    },
+                    tools: self.listen_tools(backoff)?,
+                    mixed: mixed.clone(),
                     snapshot: publish.subscribe(),
                     topology: needed(&self.built.topology)?,
                     debts: ledger.clone(),
@@ -361,6 +361,39 @@ impl State {
                 let arguments = directory::Arguments { shared: Arc::new(shared), metrics: metrics.clone() };
                 let (actor, _) = Actor::spawn_linked(None, DbDirectory, arguments, supervisor).await?;
                 self.built.directory = Some(actor.clone());
+                actor.get_cell()
+            }
+            Child::Workers => {
+                let role = settings.role;
+                let (listens, replicates) = (role != Role::Replicator, role != Role::ChangeListener);
+                let shared = workers::Shared {
+                    couch: couch.clone(),
+                    spiegel_db: settings.db_name.clone(),
+                    checkpoints: needed(&self.built.checkpoints)?,
+                    me: process.clone(),
+                    settings: locks::Settings {
+                        retry_after: settings.roles.retry_after,
+                        check_stalled: settings.roles.check_stalled,
+                        stale_after: settings.roles.stale_after,
+                        assume_deleted_after: settings.db.assume_deleted_after,
+                    },
+                    snapshot: publish.subscribe(),
+                    backoff,
+                    phantoms: Phantoms::default(),
+                    listen: listens.then(|| self.listen_tools(backoff)).transpose()?,
+                    replicate: replicates.then(|| self.replication_means()).transpose()?,
+                };
+                let arguments = workers::Arguments {
+                    shared: Arc::new(shared),
+                    heartbeat: settings.feed.heartbeat,
+                    places: settings.roles.concurrency,
+                    own: own.clone(),
+                    mixed: mixed.clone(),
+                    metrics: metrics.clone(),
+                    alone: self.alone(),
+                };
+                let (actor, _) = Actor::spawn_linked(None, Workers, arguments, supervisor).await?;
+                self.built.workers = Some(actor.clone());
                 actor.get_cell()
             }
             Child::UpdateListener => {
@@ -414,9 +447,6 @@ impl State {
         Ok(Deliveries::new(self.world.book.clone(), needed(&self.built.delivery_store)?, Arc::new(settings)))
     }
 }
-
-/// Pages of changes held in memory at once: with a batch of 200 documents of 10 KB each, 128 MB.
-const PAGES_MAX: usize = 64;
 
 fn needed<T: Clone>(handle: &Option<T>) -> Result<T, ActorProcessingErr> {
     handle.clone().ok_or_else(|| "a child was built before what it needs".into())
@@ -480,6 +510,8 @@ impl App {
             started: Instant::now(),
             topology: watch::channel(None).0,
             webhooks: watch::channel(None).0,
+            own: Arc::default(),
+            mixed: means::mixed_of(&settings),
             settings,
         });
         let admin_stop = CancellationToken::new();

@@ -5,6 +5,7 @@
 //! away is waited out here, so that nobody else has to.
 
 use crate::couch::{Couch, CouchError, WriteResult};
+use crate::locks::sign::OwnRevs;
 use crate::schedule::backoff::Backoff;
 use crate::telemetry::{Metrics, OutcomeLabels};
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
@@ -24,6 +25,11 @@ pub enum Message {
         doc: Value,
         reply: oneshot::Sender<WriteResult>,
     },
+    /// Only what enough nodes took counts.
+    Lock {
+        doc: Value,
+        reply: oneshot::Sender<Locked>,
+    },
     /// Together, in as few requests as they fit.
     LoadAll(Vec<(String, oneshot::Sender<Option<Value>>)>),
     SaveAll(Vec<(Value, oneshot::Sender<WriteResult>)>),
@@ -41,6 +47,28 @@ pub enum Message {
 }
 
 impl ractor::Message for Message {}
+
+/// What became of a write that is to be a lock.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Locked {
+    Yes {
+        rev: String,
+    },
+    /// Somebody else wrote first.
+    No,
+    /// A 202: somebody else may have got a 201, and this revision stays as a conflict.
+    TooFew {
+        rev: String,
+    },
+    Refused {
+        reason: String,
+    },
+}
+
+enum Reply {
+    Saved(oneshot::Sender<WriteResult>),
+    Locked(oneshot::Sender<Locked>),
+}
 
 /// The handle that the stages use.
 #[derive(Clone)]
@@ -67,6 +95,13 @@ impl Checkpoints {
         let (reply, answer) = oneshot::channel();
         // Where the actor is gone the reply is dropped, and the receiver says so.
         let _ = self.0.cast(Message::Save { doc, reply });
+        answer
+    }
+
+    /// As `save`, for a write that is a lock.
+    pub fn lock(&self, doc: Value) -> oneshot::Receiver<Locked> {
+        let (reply, answer) = oneshot::channel();
+        let _ = self.0.cast(Message::Lock { doc, reply });
         answer
     }
 
@@ -150,14 +185,16 @@ pub struct Arguments {
     pub db_name: String,
     pub backoff: Backoff,
     pub metrics: Arc<Metrics>,
+    /// Where it is noted what was written.
+    pub own: Arc<OwnRevs>,
 }
 
 pub struct State {
     io: Arc<Io>,
     loads: Vec<(String, oneshot::Sender<Option<Value>>)>,
-    saves: Vec<(Value, oneshot::Sender<WriteResult>)>,
+    saves: Vec<(Value, Reply)>,
     /// Go with the next write, or alone when the timer fires.
-    along: Vec<(Value, oneshot::Sender<WriteResult>)>,
+    along: Vec<(Value, Reply)>,
     timer: Option<AbortHandle>,
     is_hurried: bool,
     loading: Option<AbortHandle>,
@@ -169,6 +206,7 @@ struct Io {
     db_name: String,
     backoff: Backoff,
     metrics: Arc<Metrics>,
+    own: Arc<OwnRevs>,
 }
 
 impl Drop for State {
@@ -190,8 +228,8 @@ impl Actor for CheckpointsActor {
     type Arguments = Arguments;
 
     async fn pre_start(&self, _: ActorRef<Message>, arguments: Arguments) -> Result<State, ActorProcessingErr> {
-        let Arguments { couch, db_name, backoff, metrics } = arguments;
-        let io = Arc::new(Io { couch, db_name, backoff, metrics });
+        let Arguments { couch, db_name, backoff, metrics, own } = arguments;
+        let io = Arc::new(Io { couch, db_name, backoff, metrics, own });
         Ok(State {
             io,
             loads: Vec::new(),
@@ -208,17 +246,21 @@ impl Actor for CheckpointsActor {
         match message {
             Message::Load { id, reply } => state.loads.push((id, reply)),
             Message::Save { doc, reply } => {
-                state.saves.push((doc, reply));
+                state.saves.push((doc, Reply::Saved(reply)));
+                state.saves.append(&mut state.along);
+            }
+            Message::Lock { doc, reply } => {
+                state.saves.push((doc, Reply::Locked(reply)));
                 state.saves.append(&mut state.along);
             }
             Message::LoadAll(loads) => state.loads.extend(loads),
             Message::SaveAll(saves) => {
-                state.saves.extend(saves);
+                state.saves.extend(saves.into_iter().map(|(doc, reply)| (doc, Reply::Saved(reply))));
                 state.saves.append(&mut state.along);
             }
-            Message::SaveAlong { doc, reply } if state.is_hurried => state.saves.push((doc, reply)),
+            Message::SaveAlong { doc, reply } if state.is_hurried => state.saves.push((doc, Reply::Saved(reply))),
             Message::SaveAlong { doc, reply } => {
-                state.along.push((doc, reply));
+                state.along.push((doc, Reply::Saved(reply)));
                 if state.timer.is_none() {
                     let myself = myself.clone();
                     state.timer = Some(spawn(async move {
@@ -284,21 +326,34 @@ impl Io {
         }
     }
 
-    async fn save(&self, batch: Vec<(Value, oneshot::Sender<WriteResult>)>) {
+    async fn save(&self, batch: Vec<(Value, Reply)>) {
         let (docs, replies): (Vec<Value>, Vec<_>) = batch.into_iter().unzip();
         let answer = self.until_answered("save documents", || self.couch.bulk_docs(&self.db_name, &docs)).await;
         let mut results = answer.results;
-        if !answer.confirmed {
+        let said = results.clone();
+        for (doc, result) in docs.iter().zip(&said) {
+            if let WriteResult::Saved { rev } = result {
+                self.own.wrote(doc["_id"].as_str().unwrap_or_default(), rev);
+            }
+        }
+        if !answer.confirmed && replies.iter().any(|reply| matches!(reply, Reply::Saved(_))) {
             self.confirm(&docs, &mut results).await;
         }
-        for (reply, result) in replies.into_iter().zip(results) {
+        for (index, (reply, result)) in replies.into_iter().zip(results).enumerate() {
             let outcome = match &result {
                 WriteResult::Saved { .. } => "saved",
                 WriteResult::Conflict => "conflict",
                 WriteResult::Refused { .. } => "refused",
             };
             self.metrics.checkpoint_writes.get_or_create(&OutcomeLabels { outcome }).inc();
-            let _ = reply.send(result);
+            // Nobody may be waiting any more.
+            match reply {
+                Reply::Saved(reply) => drop(reply.send(result)),
+                Reply::Locked(reply) => {
+                    let is_accepted = answer.accepted.get(index).copied().unwrap_or_default();
+                    drop(reply.send(locked(said.get(index), is_accepted)));
+                }
+            }
         }
     }
 
@@ -331,6 +386,15 @@ impl Io {
                 }
             }
         }
+    }
+}
+
+fn locked(said: Option<&WriteResult>, is_accepted: bool) -> Locked {
+    match said.cloned() {
+        Some(WriteResult::Saved { rev }) if is_accepted => Locked::TooFew { rev },
+        Some(WriteResult::Saved { rev }) => Locked::Yes { rev },
+        Some(WriteResult::Conflict) | None => Locked::No,
+        Some(WriteResult::Refused { reason }) => Locked::Refused { reason },
     }
 }
 
@@ -370,6 +434,7 @@ mod tests {
             db_name: "spiegel".into(),
             backoff: Backoff::new(Duration::from_millis(10), Duration::from_millis(50)),
             metrics: Metrics::new(),
+            own: Arc::default(),
         };
         let (actor, _) = Actor::spawn(None, CheckpointsActor, arguments).await.expect("it starts");
         server.reset_requests();

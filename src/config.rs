@@ -31,6 +31,7 @@ pub struct Settings {
     pub passwords_file: Option<PathBuf>,
     pub secrets_file: Option<PathBuf>,
     pub role: Role,
+    pub coexist: Coexist,
     pub roles: RoleSettings,
     pub feed: FeedSettings,
     pub debounce: DebounceSettings,
@@ -77,6 +78,31 @@ impl Role {
     }
 }
 
+/// Whether a process that does everything works by locks, beside others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Coexist {
+    /// While it sees others.
+    Auto,
+    Always,
+    Never,
+}
+
+impl Coexist {
+    pub const ALL: [Coexist; 3] = [Coexist::Auto, Coexist::Always, Coexist::Never];
+
+    pub fn of(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|choice| choice.name() == name)
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Coexist::Auto => "auto",
+            Coexist::Always => "always",
+            Coexist::Never => "never",
+        }
+    }
+}
+
 /// For a process with one role.
 #[derive(Debug, Clone)]
 pub struct RoleSettings {
@@ -90,6 +116,8 @@ pub struct RoleSettings {
     pub retry_after: Duration,
     /// How often stale locks are looked for.
     pub check_stalled: Duration,
+    /// So long without a renewal, and a lock of ours is a dead process's.
+    pub stale_after: Duration,
 }
 
 #[derive(Debug, Clone)]

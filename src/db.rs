@@ -21,12 +21,13 @@ pub mod update_listener;
 
 use crate::couch::fingerprint::Fingerprint;
 use crate::job::{Claim, DbName, Debts};
+use crate::locks::mixed::Mixed;
 use crate::rules::catalogue::Snapshot;
 use crate::schedule::backoff::Backoff;
 use crate::topology;
 use crate::vault::redact_text;
 use debounce::{Debounce, Next};
-use durable::{Missing, forget_missing, make_durable};
+use durable::{Missing, forget_missing, leave_to_locks, make_durable};
 use late::Late;
 use listen::{Leaving, ListenError, Listener, Tools};
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
@@ -95,6 +96,7 @@ pub struct Shared {
     pub snapshot: watch::Receiver<Arc<Snapshot>>,
     pub topology: ActorRef<topology::Message>,
     pub debts: Arc<dyn Debts>,
+    pub mixed: Mixed,
     pub settings: Settings,
     pub backoff: Backoff,
 }
@@ -569,6 +571,16 @@ async fn run(
     };
     if rules.is_empty() || !snapshot.watches(&db) {
         return RunEnded { listener: None, late: left.late, result: Ok(()), replicated };
+    }
+    if shared.mixed.is_on() {
+        match leave_to_locks(&shared, &db).await {
+            Err(error) => return RunEnded { listener: None, late: left.late, result: Err(error), replicated },
+            // Otherwise nobody takes it up by its lock any more.
+            Ok(()) if shared.mixed.is_on() => {
+                return RunEnded { listener: None, late: left.late, result: Ok(()), replicated };
+            }
+            Ok(()) => {}
+        }
     }
     let loaded = match listener {
         Some(listener) if is_stale => listener.reload(&shared.tools).await,

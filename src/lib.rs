@@ -17,6 +17,8 @@ pub mod config;
 
 pub mod feed;
 
+pub mod workers;
+
 pub mod db;
 
 pub mod deliveries;
@@ -34,5 +36,6 @@ pub mod couch;
 #[cfg(feature = "dev")]
 pub mod dev;
 pub mod job;
+pub mod locks;
 pub mod telemetry;
 pub mod vault;

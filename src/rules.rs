@@ -159,7 +159,8 @@ impl Reader {
             self.catalogue = Catalogue::new(others.iter().map(String::as_str).chain([self.arguments.db_name.as_str()]));
         }
         loop {
-            let query = ChangesQuery { since: self.since.clone(), limit: Some(LOAD_PAGE), include_docs: true };
+            let query =
+                ChangesQuery { since: self.since.clone(), limit: Some(LOAD_PAGE), include_docs: true, ..ChangesQuery::default() };
             let page = self.arguments.couch.changes(&self.arguments.db_name, &query).await?;
             for what in &page.malformed {
                 tracing::warn!(db = %self.arguments.db_name, what, "malformed row");

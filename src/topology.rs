@@ -3,22 +3,21 @@
 //! It turns `replicator` documents and dirty databases into replication jobs for the ReplicatorPool, and writes back what
 //! cannot finish soon. The decisions are in `topology/states.rs`; here are the mailbox, the one timer and the requests.
 
+pub mod attempt;
 pub mod replicator;
 pub mod states;
 pub mod status;
 
 use crate::checkpoints::Checkpoints;
-use crate::config::EngineChoice;
-use crate::job::{Completion, DbName, Outcome, Piece, timestamp};
-use crate::replicate::engines::choose;
-use crate::replicate::native::NativeEngine;
-use crate::replicate::{Progress, Replication, Replicator as Runner};
+use crate::job::{Completion, DbName, Piece, timestamp};
+use crate::locks::held::owed;
+use crate::locks::mixed::Mixed;
+use crate::replicate::Progress;
 use crate::rules::catalogue::Snapshot;
-use crate::schedule::Pool;
 use crate::schedule::backoff::Backoff;
 use crate::telemetry::{Metrics, StateLabels};
 use crate::topology::replicator::Replicator;
-use crate::vault::Vault;
+use attempt::{Means, NoRun, result_of};
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use serde_json::Value;
 use states::{Action, Change, Id, Line, RunFailure, Saved, States};
@@ -90,11 +89,9 @@ pub struct Topology;
 pub struct Arguments {
     pub snapshot: watch::Receiver<Arc<Snapshot>>,
     pub checkpoints: Checkpoints,
-    pub pool: Pool<Runner>,
-    pub native: Arc<NativeEngine>,
-    /// For documents that do not name one.
-    pub engine: EngineChoice,
-    pub vault: Arc<Vault>,
+    pub means: Means,
+    /// Replicators are left to whoever locks them.
+    pub mixed: Mixed,
     pub backoff: Backoff,
     /// The watched server, and its host and port: a replicator whose source is elsewhere is polled.
     pub local_url: url::Url,
@@ -133,7 +130,7 @@ impl Actor for Topology {
     async fn pre_start(&self, myself: ActorRef<Message>, arguments: Arguments) -> Result<State, ActorProcessingErr> {
         let mut changes = arguments.snapshot.clone();
         changes.mark_changed();
-        let native = arguments.native.clone();
+        let native = arguments.means.native.clone();
         let again = tokio::spawn({
             let myself = myself.clone();
             async move {
@@ -145,8 +142,16 @@ impl Actor for Topology {
                 }
             }
         });
+        let mut mixed = arguments.mixed.subscribe();
         let follower = tokio::spawn(async move {
-            while changes.changed().await.is_ok() {
+            loop {
+                let is_there = tokio::select! {
+                    changed = changes.changed() => changed.is_ok(),
+                    changed = mixed.changed() => changed.is_ok(),
+                };
+                if !is_there {
+                    return;
+                }
                 if myself.cast(Message::Documents).is_err() {
                     return;
                 }
@@ -161,7 +166,8 @@ impl Actor for Topology {
         let now = SystemTime::now();
         let snapshot = state.arguments.snapshot.borrow().clone();
         let mut is_news = true;
-        let actions = match message {
+        let mut actions = state.states.by_locks(state.arguments.mixed.is_on());
+        actions.extend(match message {
             Message::Documents if snapshot.is_loaded() => state.states.documents(snapshot.replicators()),
             Message::Documents => Vec::new(),
             Message::SourceChanged { db, done } => {
@@ -227,7 +233,7 @@ impl Actor for Topology {
                 is_news = state.count(&snapshot) > 0;
                 Vec::new()
             }
-        };
+        });
         for action in actions {
             state.perform(&myself, action);
         }
@@ -285,56 +291,26 @@ impl State {
         if self.stopping {
             return;
         }
+        if self.arguments.mixed.is_on() {
+            if let Some(action) = self.states.leave(&id) {
+                self.perform(myself, action);
+            }
+            return;
+        }
         let Some(replicator) = self.states.replicator(&id).cloned() else { return };
         let ended = {
             let (myself, id) = (myself.clone(), id.clone());
             move |result| drop(myself.cast(Message::RunEnded { id, result }))
         };
-        let params = match replicator.replicate_params(&self.arguments.vault) {
-            Ok(params) => params,
-            Err(error) => return ended(Err(RunFailure { error: error.to_string(), missing: false, after: None })),
-        };
-        let engine = replicator.engine.unwrap_or(self.arguments.engine);
-        if let Err(error) = choose(engine, &params, self.arguments.native.local()) {
-            return drop(myself.cast(Message::CannotRun { id, error: error.to_string() }));
-        }
         let progress = Arc::new(Progress::default());
-        self.states.asked_for(&id, progress.clone());
-        let replication = Replication {
-            replicator_id: id,
-            params,
-            source: replicator.source.to_string(),
-            target: replicator.target.to_string(),
-            lane: replicator.lane(),
-            engine: replicator.engine,
-            priority: replicator.priority,
-            is_bidirectional: self.goes_both_ways(&replicator),
-            progress,
+        let snapshot = self.arguments.snapshot.borrow().clone();
+        let outcome = match self.arguments.means.start(&replicator, &snapshot, progress.clone()) {
+            Ok(outcome) => outcome,
+            Err(NoRun::Failed(failure)) => return ended(Err(failure)),
+            Err(NoRun::Never { error }) => return drop(myself.cast(Message::CannotRun { id, error })),
         };
-        let outcome = self.arguments.pool.run(replication);
-        tokio::spawn(async move {
-            match outcome.await {
-                Ok(Outcome::Done) => ended(Ok(())),
-                Ok(Outcome::Failed(failed)) => {
-                    let after = failed.after();
-                    ended(Err(RunFailure { error: failed.error, missing: false, after }));
-                }
-                Ok(Outcome::Unsent { error, after }) => {
-                    ended(Err(RunFailure { error, missing: false, after: Some(after) }));
-                }
-                Ok(Outcome::Missing { error }) => ended(Err(RunFailure { error, missing: true, after: None })),
-                Err(_) => {
-                    ended(Err(RunFailure { error: String::from("the pool is being restarted"), missing: false, after: None }))
-                }
-            }
-        });
-    }
-
-    /// Where names are the same on other servers, too much is called bidirectional, which costs a request.
-    fn goes_both_ways(&self, replicator: &Replicator) -> bool {
-        let snapshot = self.arguments.snapshot.borrow();
-        let mut back = snapshot.replicators_from(replicator.target.db_name()).iter();
-        back.any(|other| other.target.db_name() == replicator.source.db_name())
+        self.states.asked_for(&id, progress);
+        tokio::spawn(async move { ended(result_of(outcome).await) });
     }
 
     /// Starts the write at the head of a document's queue; it stays there until it is confirmed.
@@ -347,6 +323,9 @@ impl State {
         let saving = tokio::spawn(async move {
             let mut foreign = false;
             let update = |doc: &mut Value| {
+                if change == Change::Owed {
+                    return owe(doc);
+                }
                 foreign = doc["_rev"].as_str() != Some(&*known_rev);
                 if foreign && change == Change::Clean {
                     return false;
@@ -382,6 +361,10 @@ impl State {
     ) -> Vec<Action> {
         let confirmed = saved.is_some();
         let mut actions = self.states.saved(&id, change, saved);
+        if confirmed && *change == Change::Owed && !self.arguments.mixed.is_on() {
+            // Nobody takes it by its lock any more.
+            actions.extend(self.states.dirty(SystemTime::now(), &id, None));
+        }
         if let Some(queue) = self.saves.get_mut(&id) {
             if let Some((_, pieces)) = queue.pop_front()
                 && (confirmed || !snapshot.replicators().contains_key(&id))
@@ -463,7 +446,7 @@ fn write_change(doc: &mut Value, change: &Change, now: SystemTime) {
     let time = |at: SystemTime| Value::from(timestamp(at));
     doc["updated_at"] = time(now);
     match change {
-        Change::Dirty => {
+        Change::Dirty | Change::Owed => {
             doc["dirty"] = Value::Bool(true);
             doc["dirty_at"] = Value::Null;
         }
@@ -483,6 +466,16 @@ fn write_change(doc: &mut Value, change: &Change, now: SystemTime) {
                 clear(doc, field);
             }
         }
+    }
+}
+
+fn owe(doc: &mut Value) -> bool {
+    match owed(doc, SystemTime::now()) {
+        Some(written) => {
+            *doc = written;
+            true
+        }
+        None => false,
     }
 }
 

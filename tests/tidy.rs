@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 
 /// The path of a change. A stage names only what stands further down: those were started before it. Stages of one group share
 /// their words, and the pools of `replicate` and `webhook` are built on the dispatcher of `schedule`.
-const PATH: [&[&str]; 5] = [&["feed"], &["db"], &["rules", "topology", "deliveries"], &["replicate", "webhook"], &["schedule"]];
+const PATH: [&[&str]; 6] =
+    [&["feed"], &["workers"], &["db"], &["rules", "topology", "deliveries"], &["replicate", "webhook"], &["schedule"]];
 /// Names no stage.
-const GROUND: [&str; 8] = ["admin", "checkpoints", "config", "couch", "dev", "job", "telemetry", "vault"];
+const GROUND: [&str; 9] = ["admin", "checkpoints", "config", "couch", "dev", "job", "locks", "telemetry", "vault"];
 /// Above the path; nobody names them but `main`, and `cmd` names `app`.
 const TOP: [&str; 2] = ["cmd", "app"];
 

@@ -16,13 +16,14 @@ pub enum Child {
     ReplicatorPool,
     Topology,
     DbDirectory,
+    Workers,
     /// Stands where the topology and the directory stand in a process that does everything.
     UpdateListener,
     GlobalChanges,
 }
 
 impl Child {
-    pub const ALL: [Child; 11] = [
+    pub const ALL: [Child; 12] = [
         Child::CouchHealth,
         Child::Rules,
         Child::Checkpoints,
@@ -32,18 +33,21 @@ impl Child {
         Child::ReplicatorPool,
         Child::Topology,
         Child::DbDirectory,
+        Child::Workers,
         Child::UpdateListener,
         Child::GlobalChanges,
     ];
 
     /// Those of a process with this role, in their order.
     pub fn all_of(role: Role) -> Vec<Child> {
+        use Child::*;
         let is_of = |child: &Child| match role {
-            Role::UpdateListener => {
-                use Child::*;
-                matches!(child, CouchHealth | Rules | Checkpoints | UpdateListener | GlobalChanges)
+            Role::UpdateListener => matches!(child, CouchHealth | Rules | Checkpoints | UpdateListener | GlobalChanges),
+            Role::ChangeListener => {
+                matches!(child, CouchHealth | Rules | Checkpoints | DeliveryStore | WebhookPool | Deliveries | Workers)
             }
-            Role::Everything | Role::ChangeListener | Role::Replicator => *child != Child::UpdateListener,
+            Role::Replicator => matches!(child, CouchHealth | Rules | Checkpoints | ReplicatorPool | Workers),
+            Role::Everything => *child != UpdateListener,
         };
         Self::ALL.into_iter().filter(is_of).collect()
     }
@@ -56,6 +60,9 @@ impl Child {
             Child::Deliveries => &[Child::DeliveryStore, Child::WebhookPool],
             Child::Topology => &[Child::Checkpoints, Child::ReplicatorPool],
             Child::DbDirectory => &[Child::Checkpoints, Child::DeliveryStore, Child::WebhookPool, Child::Topology],
+            Child::Workers => {
+                &[Child::Checkpoints, Child::DeliveryStore, Child::WebhookPool, Child::ReplicatorPool, Child::DbDirectory]
+            }
             Child::UpdateListener => &[Child::Checkpoints],
             Child::GlobalChanges => &[Child::Checkpoints, Child::Topology, Child::DbDirectory, Child::UpdateListener],
         }
@@ -72,6 +79,7 @@ impl Child {
             Child::ReplicatorPool => "replicator_pool",
             Child::Topology => "topology",
             Child::DbDirectory => "db_directory",
+            Child::Workers => "workers",
             Child::UpdateListener => "update_listener",
             Child::GlobalChanges => "global_changes",
         }
@@ -131,17 +139,19 @@ mod tests {
     #[test]
     fn a_failed_child_takes_only_those_that_need_it() {
         use Child::*;
-        let cases: [(Child, &[Child]); 6] = [
+        let cases: [(Child, &[Child]); 7] = [
             (CouchHealth, &[CouchHealth]),
             (Rules, &[Rules]),
-            (WebhookPool, &[WebhookPool, Deliveries, DbDirectory, GlobalChanges]),
+            (WebhookPool, &[WebhookPool, Deliveries, DbDirectory, Workers, GlobalChanges]),
             (Deliveries, &[Deliveries]),
-            (ReplicatorPool, &[ReplicatorPool, Topology, DbDirectory, GlobalChanges]),
+            (ReplicatorPool, &[ReplicatorPool, Topology, DbDirectory, Workers, GlobalChanges]),
+            (DbDirectory, &[DbDirectory, Workers, GlobalChanges]),
             (GlobalChanges, &[GlobalChanges]),
         ];
         for (failed, expected) in cases {
             assert_eq!(to_rebuild(failed, Role::Everything), expected, "{failed:?}");
         }
+        assert_eq!(to_rebuild(Checkpoints, Role::Replicator), [Checkpoints, Workers]);
         assert_eq!(to_rebuild(Checkpoints, Role::UpdateListener), [Checkpoints, UpdateListener, GlobalChanges]);
     }
 

@@ -2,6 +2,7 @@
 
 use super::{World, operations};
 use crate::admin::Pages;
+use crate::config::Role;
 use crate::deliveries::counts::deliveries_json;
 use crate::job::timestamp;
 use crate::schedule::breaker::View;
@@ -33,6 +34,12 @@ pub(super) fn pages(world: &Arc<World>) -> Pages {
 fn ready(world: &World) -> Result<(), String> {
     if !world.couch.health().is_up() {
         return Err(String::from("couchdb does not answer"));
+    }
+    if matches!(world.settings.role, Role::ChangeListener | Role::Replicator) {
+        return match world.metrics.workers_connected.get() {
+            1 => Ok(()),
+            _ => Err(String::from("the feed of the spiegel database is not open")),
+        };
     }
     match world.metrics.feed_connected.get() {
         1 => Ok(()),

@@ -132,6 +132,7 @@ async fn server(report: &mut Report, settings: &Settings) -> Option<()> {
         }
     };
     documents(report, &census);
+    mixed_fleet(report, &census);
     passwords(report, &census, &vault);
     secrets(report, &census, &vault);
     names(report, &couch, &census).await;
@@ -287,6 +288,21 @@ fn documents(report: &mut Report, census: &Census) {
     report.warn_each(census.near_misses.iter().map(|(id, line)| format!("rule {id:?}: {line}")).collect());
     let odd = census.replicators.iter().filter(|replicator| !replicator.odd.is_empty());
     report.warn_each(odd.map(|replicator| format!("replicator {:?}: {}", replicator.id, replicator.odd)).collect());
+}
+
+/// Where the original's processes work on the same documents, they deliver what our fields would hold back or sign.
+fn mixed_fleet(report: &mut Report, census: &Census) {
+    if census.of_the_original == 0 {
+        return;
+    }
+    report.ok(format!("mixed fleet: processes of Node Spiegel wrote {} documents within the last day", census.of_the_original));
+    let line = |(id, fields): &(String, Vec<&str>)| {
+        let fields = fields.join(", ");
+        format!(
+            "rule {id:?}: Node Spiegel's processes pass over {fields}; stop them first, or leave that out until they are stopped"
+        )
+    };
+    report.warn_each(census.additions.iter().map(line).collect());
 }
 
 fn passwords(report: &mut Report, census: &Census, vault: &Vault) {

@@ -1,7 +1,8 @@
 //! The documents of the spiegel database, as `check` and `status` see them: read once from end to end, kept in few words.
 
 use crate::couch::{Couch, CouchError, encode_segment};
-use crate::rules::fields::near_misses;
+use crate::locks::look::{By, lock_of, time_of};
+use crate::rules::fields::{additions, near_misses};
 use crate::rules::handling::Handling;
 use crate::rules::invalid::{Invalid as Fault, summary};
 use crate::rules::pattern::Pattern;
@@ -10,12 +11,15 @@ use crate::topology::replicator::{Endpoint, Replicator};
 use reqwest::Method;
 use serde::Deserialize;
 use serde_json::Value;
+use std::time::{Duration, SystemTime};
 use url::Url;
 
 /// A page of documents; with their bodies it stays far below a megabyte.
 const PAGE: usize = 500;
 /// Names of databases are short.
 const NAMES_PAGE: usize = 2000;
+/// Who wrote before that may be gone.
+const RECENT: Duration = Duration::from_secs(24 * 3600);
 
 /// What the spiegel database holds.
 #[derive(Default)]
@@ -28,6 +32,10 @@ pub(super) struct Census {
     pub invalid: Vec<Invalid>,
     /// Of rules, what means nothing and was perhaps meant, by id.
     pub near_misses: Vec<(String, String)>,
+    /// Of rules, fields that the original passes over, by id.
+    pub additions: Vec<(String, Vec<&'static str>)>,
+    /// Documents in which the original left its marks within the last day.
+    pub of_the_original: usize,
     /// The feed's position; none before the first start.
     pub watermark: Option<Value>,
 }
@@ -63,8 +71,13 @@ impl Census {
 
     fn add(&mut self, doc: &Value) {
         let id = doc["_id"].as_str().unwrap_or_default();
+        self.of_the_original += usize::from(is_of_the_original(doc, SystemTime::now()));
         match doc["type"].as_str() {
             Some("on_change") => {
+                match additions(doc) {
+                    ours if ours.is_empty() => {}
+                    ours => self.additions.push((id.to_string(), ours)),
+                }
                 self.near_misses.extend(near_misses(doc).into_iter().map(|line| (id.to_string(), line)));
                 match rule_facts(doc) {
                     Ok(rule) => self.rules.push(rule),
@@ -91,6 +104,20 @@ impl Census {
 /// Due now or later. A document that does not say is new, and due.
 fn is_dirty(doc: &Value) -> bool {
     doc["dirty"] != Value::Bool(false) || !doc["dirty_at"].is_null()
+}
+
+/// A lock that does not say whose it is, or a position without what a process of ours writes beside it: none of ours wrote that.
+fn is_of_the_original(doc: &Value, now: SystemTime) -> bool {
+    let is_recent = |at: Option<SystemTime>| at.is_some_and(|at| now.duration_since(at).unwrap_or_default() < RECENT);
+    let locked = lock_of(doc, "").filter(|lock| lock.by == By::Original);
+    match doc["type"].as_str() {
+        Some("change_listener" | "replicator") if locked.is_some_and(|lock| is_recent(lock.at)) => true,
+        Some("change_listener") => {
+            let has_position = !doc["last_seq"].is_null() && doc["instance_start_time"].is_null();
+            has_position && is_recent(time_of(&doc["updated_at"]))
+        }
+        _ => false,
+    }
 }
 
 fn rule_facts(doc: &Value) -> Result<RuleFacts, Vec<Fault>> {
@@ -166,6 +193,35 @@ pub(super) async fn each_page_of_names(couch: &Couch, mut look: impl FnMut(&[Str
 mod tests {
     use super::*;
     use serde_json::json;
+
+    #[test]
+    fn the_original_is_known_by_its_marks() {
+        let now = SystemTime::now();
+        let time = |seconds| crate::job::timestamp(now - Duration::from_secs(seconds));
+        let listener = |more: Value| {
+            let mut doc = json!({ "_id": "spiegel_cl_a", "type": "change_listener", "db_name": "a" });
+            doc.as_object_mut().expect("an object").extend(more.as_object().cloned().expect("fields"));
+            doc
+        };
+        let cases = [
+            (listener(json!({ "last_seq": "5-x", "updated_at": time(60) })), true),
+            (listener(json!({ "last_seq": "5-x", "updated_at": time(90_000) })), false),
+            (listener(json!({ "last_seq": "5-x", "updated_at": time(60), "instance_start_time": "17" })), false),
+            // Made by an update-listener, whose ever it is.
+            (listener(json!({ "dirty": true, "updated_at": time(60) })), false),
+            (listener(json!({ "locked_at": time(60) })), true),
+            (listener(json!({ "locked_at": time(90_000) })), false),
+            (listener(json!({ "locked_at": time(60), "locked_by": { "owner": "x", "locked_at": time(60) } })), false),
+            (listener(json!({ "locked_at": time(60), "locked_by": { "owner": "x", "locked_at": time(99) } })), true),
+            (json!({ "type": "replicator", "locked_at": time(60) }), true),
+            (json!({ "type": "replicator", "updated_at": time(60) }), false),
+            (json!({ "type": "other", "locked_at": time(60) }), false),
+            (Value::Null, false),
+        ];
+        for (doc, expected) in cases {
+            assert_eq!(is_of_the_original(&doc, now), expected, "{doc}");
+        }
+    }
 
     #[test]
     fn each_document_is_counted_once() {

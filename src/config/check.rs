@@ -2,7 +2,7 @@
 
 use super::layers::{Given, Layers, Origin, Raw, URL_KEY, Unit};
 use super::{
-    ConfigErrors, DbSettings, DebounceSettings, DeliverySettings, EngineChoice, FeedSettings, LogFormat, LogSettings,
+    Coexist, ConfigErrors, DbSettings, DebounceSettings, DeliverySettings, EngineChoice, FeedSettings, LogFormat, LogSettings,
     ReplicationSettings, Retry, Role, RoleSettings, Settings, WebhookSettings,
 };
 use crate::couch::CouchSettings;
@@ -72,12 +72,14 @@ impl Reader {
             passwords_file: self.path("passwords_file"),
             secrets_file: self.path("secrets_file"),
             role: self.role(),
+            coexist: self.coexist(),
             roles: RoleSettings {
                 batch_size: self.size("roles.batch_size", 1..=BATCH_MAX),
                 batch_timeout: self.duration("roles.batch_timeout", NONE..=YEAR),
                 concurrency: self.size("roles.concurrency", 1..=CONCURRENCY_MAX),
                 retry_after: self.duration("roles.retry_after", MOMENT..=YEAR),
                 check_stalled: self.duration("roles.check_stalled", MOMENT..=YEAR),
+                stale_after: self.duration("roles.stale_after", HEARTBEAT_MIN..=YEAR),
             },
             feed: FeedSettings {
                 heartbeat: self.duration("feed.heartbeat", HEARTBEAT_MIN..=YEAR),
@@ -476,6 +478,15 @@ impl Reader {
             let allowed = Role::ALL.map(Role::name).join(", ");
             self.refuse("role", format!("{shown} is not a role: allowed are {allowed}"));
             Role::Everything
+        })
+    }
+
+    fn coexist(&mut self) -> Coexist {
+        Coexist::of(&self.text("coexist").to_lowercase()).unwrap_or_else(|| {
+            let (_, shown) = self.given("coexist");
+            let allowed = Coexist::ALL.map(Coexist::name).join(", ");
+            self.refuse("coexist", format!("{shown} is no such choice: allowed are {allowed}"));
+            Coexist::Auto
         })
     }
 

@@ -51,6 +51,8 @@ pub struct ChangesQuery {
     pub since: Option<Seq>,
     pub limit: Option<usize>,
     pub include_docs: bool,
+    /// Documents name their conflicted revisions.
+    pub conflicts: bool,
 }
 
 impl ChangesQuery {
@@ -64,6 +66,9 @@ impl ChangesQuery {
         }
         if self.include_docs {
             pairs.push(("include_docs", String::from("true")));
+        }
+        if self.conflicts {
+            pairs.push(("conflicts", String::from("true")));
         }
         pairs
     }

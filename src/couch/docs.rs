@@ -135,6 +135,25 @@ impl Couch {
         }
     }
 
+    /// The winner, with the names of its conflicted revisions in `_conflicts`.
+    pub async fn doc_with_conflicts(&self, db: &str, id: &str) -> Result<Option<Value>> {
+        self.doc_by(db, id, &[("conflicts", "true")]).await
+    }
+
+    /// One revision that is not compacted away.
+    pub async fn doc_at(&self, db: &str, id: &str, rev: &str) -> Result<Option<Value>> {
+        self.doc_by(db, id, &[("rev", rev)]).await
+    }
+
+    async fn doc_by(&self, db: &str, id: &str, query: &[(&str, &str)]) -> Result<Option<Value>> {
+        let path = format!("{}/{}", encode_segment(db), encode_doc_id(id));
+        match self.json("doc", self.request(Method::GET, &path).query(query)).await {
+            Ok(doc) => Ok(Some(doc)),
+            Err(CouchError::NotFound(_)) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     /// The winning revisions of many documents, in the order of `ids`; their texts where they are wanted.
     pub async fn current_docs(&self, db: &str, ids: &[String], include_docs: bool) -> Result<Vec<Current>> {
         #[derive(Deserialize)]
@@ -270,7 +289,11 @@ impl Couch {
         if entries.len() != docs.len() {
             return Err(CouchError::Malformed(format!("_bulk_docs answered {} of {} documents", entries.len(), docs.len())));
         }
-        let accepted = entries.iter().any(|entry| entry.accepted);
+        let mut accepted: Vec<bool> = entries.iter().map(|entry| entry.accepted).collect();
+        if !confirmed && !accepted.contains(&true) {
+            // It does not say which.
+            accepted.fill(true);
+        }
         let results = entries.into_iter().map(|entry| match (entry.rev, entry.error) {
             (Some(rev), None) => WriteResult::Saved { rev },
             (_, Some(error)) if error == "conflict" => WriteResult::Conflict,
@@ -278,7 +301,7 @@ impl Couch {
                 WriteResult::Refused { reason: format!("{}: {}", error.unwrap_or_default(), entry.reason.unwrap_or_default()) }
             }
         });
-        Ok(BulkAnswer { confirmed: confirmed && !accepted, results: results.collect() })
+        Ok(BulkAnswer { confirmed: confirmed && !accepted.contains(&true), results: results.collect(), accepted })
     }
 
     pub async fn set_admins_only(&self, db: &str) -> Result<()> {
@@ -292,4 +315,6 @@ impl Couch {
 pub struct BulkAnswer {
     pub confirmed: bool,
     pub results: Vec<WriteResult>,
+    /// By too few nodes, each.
+    pub accepted: Vec<bool>,
 }

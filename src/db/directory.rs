@@ -43,6 +43,8 @@ pub enum Message {
         found: Vec<(DbName, Option<SystemTime>)>,
     },
     DurableLoaded,
+    /// Nobody else takes what is dirty any more.
+    LoadAgain,
     /// Answers once every document was looked at.
     AwaitDurable {
         reply: oneshot::Sender<()>,
@@ -145,6 +147,13 @@ impl Actor for DbDirectory {
                 state.loader = None;
                 for reply in state.waiting_for_durable.drain(..) {
                     let _ = reply.send(());
+                }
+            }
+            // One that is under way may have passed what was written a moment ago.
+            Message::LoadAgain => {
+                let loading = tokio::spawn(load_durable(state.arguments.shared.clone(), myself.clone())).abort_handle();
+                if let Some(before) = state.loader.replace(loading) {
+                    before.abort();
                 }
             }
             Message::AwaitDurable { reply } if state.durable_loaded => drop(reply.send(())),

@@ -1,8 +1,10 @@
 //! What a database owes, written into CouchDB: that there is work, or that the database is missing.
 
 use crate::couch::{CouchError, WriteResult};
+use crate::db::listen::ListenError;
 use crate::db::{Shared, known, listen};
 use crate::job::{DbName, timestamp};
+use crate::locks::held::owed;
 use crate::topology;
 use serde_json::Value;
 use std::time::SystemTime;
@@ -38,6 +40,36 @@ async fn mark_dirty(shared: &Shared, db: &DbName) -> bool {
             tracing::error!(%db, %error, "cannot write that the database has work");
             false
         }
+    }
+}
+
+/// Others are at work: whoever locks the `change_listener` listens, this process among them.
+pub async fn leave_to_locks(shared: &Shared, db: &DbName) -> Result<(), ListenError> {
+    let id = listen::document_id(db);
+    let checkpoints = &shared.tools.checkpoints;
+    let update = |doc: &mut Value| match owed(doc, SystemTime::now()) {
+        Some(written) => {
+            *doc = written;
+            doc.as_object_mut().map(known::forget);
+            true
+        }
+        None => false,
+    };
+    let unsaved = |reason: String| ListenError::Unsaved(reason);
+    if checkpoints.update(&id, update).await.map_err(|error| unsaved(error.to_string()))?.is_some() {
+        return Ok(());
+    }
+    if let Some(None) = shared.tools.couch.dbs_info(&[db]).await?.first() {
+        // Nobody has listened to it, and nobody will.
+        return Ok(());
+    }
+    let mut doc = listen::new_document(&id, db);
+    doc.insert(String::from("dirty"), Value::Bool(true));
+    doc.insert(String::from("updated_at"), Value::from(timestamp(SystemTime::now())));
+    match checkpoints.save(Value::Object(doc)).await {
+        Ok(WriteResult::Saved { .. }) => Ok(()),
+        Ok(WriteResult::Refused { reason }) => Err(unsaved(reason)),
+        Ok(WriteResult::Conflict) | Err(_) => Err(unsaved(String::from("somebody else made the document meanwhile"))),
     }
 }
 

@@ -16,6 +16,7 @@ use crate::db::positions::{Positions, RuleId, RuleStart};
 use crate::db::rule_health::RuleHealth;
 use crate::deliveries::Deliveries;
 use crate::job::{DbName, timestamp};
+use crate::locks::hold::{Hold, HoldError};
 use crate::rules::matching::{Chosen, RuleSet};
 use crate::rules::rule::{Rule, SinceOverride};
 use crate::schedule::Pool;
@@ -54,6 +55,8 @@ pub enum ListenError {
     Couch(#[from] CouchError),
     #[error("cannot save the position: {0}")]
     Unsaved(String),
+    #[error(transparent)]
+    Lock(HoldError),
 }
 
 /// The `change_listener` of one database, as it is in CouchDB and as it is now.
@@ -72,7 +75,10 @@ pub struct Listener {
     /// What a sweep read of the database before this run.
     seen: Option<Fingerprint>,
     late: Late,
+    /// Without it every run waits for all that it sends.
     leaving: Option<Leaving>,
+    /// Where the document is locked, all writes go by its lock.
+    lock: Option<Arc<Hold>>,
 }
 
 /// With what a page leaves its slow deliveries behind.
@@ -124,12 +130,23 @@ impl Listener {
     pub async fn load(tools: &Tools, db: &DbName, rules: &[Arc<Rule>]) -> Result<Self, ListenError> {
         let id = document_id(db);
         let doc = tools.checkpoints.load(id.clone()).await.map_err(|gone| ListenError::Unsaved(gone.to_string()))?;
+        Ok(Self::of(tools, id, db, doc, rules))
+    }
+
+    /// For a document that is locked: its positions are saved by the lock, and it is neither cleaned nor unlocked here.
+    pub fn locked(tools: &Tools, db: &DbName, rules: &[Arc<Rule>], lock: Arc<Hold>) -> Self {
+        let doc = lock.before().clone();
+        let id = doc["_id"].as_str().unwrap_or_default().to_string();
+        Self { lock: Some(lock), ..Self::of(tools, id, db, Some(doc), rules) }
+    }
+
+    fn of(tools: &Tools, id: String, db: &DbName, doc: Option<Value>, rules: &[Arc<Rule>]) -> Self {
         let mut positions = Positions::load(doc.as_ref(), &starts(rules));
         if let Some(until) = held_at_most(doc.as_ref(), SystemTime::now(), tools.started.elapsed()) {
             positions.hold_at_most(until);
         }
         let instance = doc.as_ref().and_then(|doc| doc["instance_start_time"].as_str()).map(str::to_string);
-        Ok(Self {
+        Self {
             id,
             db: db.clone(),
             failing: Failing::load(doc.as_ref()),
@@ -142,7 +159,8 @@ impl Listener {
             seen: None,
             late: Late::default(),
             leaving: None,
-        })
+            lock: None,
+        }
     }
 
     /// Without this every run waits for all that it sends. `late` is what an earlier listener of this database left.
@@ -253,7 +271,12 @@ impl Listener {
             let read_nothing = page.rows.is_empty() && page.malformed.is_empty();
             let pending = if read_nothing { 0 } else { page.pending.unwrap_or(0) };
             if pending > 0 && !self.positions.group(index).is_probing() {
-                let query = ChangesQuery { since: Some(page.last_seq.clone()), limit: Some(tools.batch_size), include_docs };
+                let query = ChangesQuery {
+                    since: Some(page.last_seq.clone()),
+                    limit: Some(tools.batch_size),
+                    include_docs,
+                    ..ChangesQuery::default()
+                };
                 let (couch, db) = (tools.couch.clone(), self.db.clone());
                 let reading = tokio::spawn(async move { timed(couch.changes(&db, &query).await) });
                 prefetched =
@@ -286,9 +309,13 @@ impl Listener {
                     self.late.leave(&rule, left, told.clone());
                 }
             }
-            if self.positions.changed() {
+            // The last page's is saved with what ends the lock.
+            if self.positions.changed() && (self.lock.is_none() || self.positions.next_read(SystemTime::now()).is_some()) {
                 self.save(tools, false).await?;
             }
+        }
+        if self.lock.is_some() {
+            return Ok(());
         }
         if was_dirty || self.doc.as_ref().is_some_and(|doc| !doc["possibly_deleted_at"].is_null()) {
             self.save(tools, was_dirty).await?;
@@ -305,7 +332,8 @@ impl Listener {
     }
 
     fn query(&self, index: usize, limit: usize, include_docs: bool) -> ChangesQuery {
-        ChangesQuery { since: self.positions.group(index).since.clone(), limit: Some(limit), include_docs }
+        let since = self.positions.group(index).since.clone();
+        ChangesQuery { since, limit: Some(limit), include_docs, ..ChangesQuery::default() }
     }
 
     /// A 404 may be a node that has not heard of the database yet; `_dbs_info` decides.
@@ -399,6 +427,11 @@ impl Listener {
 
     /// Writes the position; what somebody else wrote into the document meanwhile is kept.
     async fn save(&mut self, tools: &Tools, mut settles_dirty: bool) -> Result<(), ListenError> {
+        if let Some(lock) = self.lock.clone() {
+            lock.write(|doc| self.store(doc)).await.map_err(ListenError::Lock)?;
+            self.positions.saved();
+            return Ok(());
+        }
         loop {
             let doc = self.next_doc(settles_dirty);
             let saved = tools.checkpoints.save(doc.clone()).await;
@@ -419,6 +452,15 @@ impl Listener {
                 }
                 WriteResult::Refused { reason } => return Err(ListenError::Unsaved(reason)),
             }
+        }
+    }
+
+    /// Writes what is known here into the document of a lock.
+    pub fn store(&self, doc: &mut Map<String, Value>) {
+        self.positions.store(doc);
+        known::forget(doc);
+        if let Some(instance) = &self.instance_start_time {
+            doc.insert(String::from("instance_start_time"), Value::from(instance.as_str()));
         }
     }
 

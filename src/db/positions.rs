@@ -324,6 +324,12 @@ impl Positions {
         self.groups.iter().filter_map(|group| group.hold.as_ref()).map(|hold| hold.until).min()
     }
 
+    /// When the next rule that is held back may try again, and how often they failed.
+    pub fn held(&self) -> Option<(SystemTime, u32)> {
+        let retries = self.groups.iter().filter_map(|group| group.hold.as_ref()).map(|hold| hold.retries).max();
+        Some((self.due()?, retries?))
+    }
+
     pub fn held_rules(&self) -> Vec<RuleId> {
         self.groups.iter().filter(|group| group.hold.is_some()).flat_map(|group| group.rules.iter().cloned()).collect()
     }
@@ -371,9 +377,8 @@ impl Positions {
             true => drop(doc.remove("ahead")),
             false => drop(doc.insert(String::from("ahead"), json!({ "from": json_of(self.base.as_ref()), "rules": rules }))),
         }
-        let retries = self.groups.iter().filter_map(|group| group.hold.as_ref()).map(|hold| hold.retries).max();
-        match (self.due(), retries) {
-            (Some(due), Some(retries)) => {
+        match self.held() {
+            Some((due, retries)) => {
                 doc.insert(String::from("dirty_at"), Value::from(timestamp(due)));
                 doc.insert(String::from("retries"), Value::from(retries));
             }

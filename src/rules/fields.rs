@@ -31,6 +31,15 @@ const RULE: [&str; 24] = [
 const RETRY: [&str; 6] = ["strategy", "delay", "multiplier", "cap", "limit", "give_up_after"];
 const BATCH: [&str; 2] = ["max", "within"];
 
+/// What the original knows of a rule, and what CouchDB has of its own.
+const OF_THE_ORIGINAL: [&str; 10] = ["_id", "_rev", "type", "db_name", "url", "method", "params", "if", "block", "debounce"];
+
+/// The fields that mean something here and nothing to the original, which passes them over.
+pub fn additions(doc: &Value) -> Vec<&'static str> {
+    let is_ours = |name: &&str| !OF_THE_ORIGINAL.contains(name) && doc.get(*name).is_some_and(|value| !value.is_null());
+    RULE.into_iter().filter(is_ours).collect()
+}
+
 /// Fields that are passed over, because documents are their users', and were perhaps meant: a sentence for each.
 pub fn near_misses(doc: &Value) -> Vec<String> {
     let mut found = Vec::new();
@@ -86,6 +95,16 @@ mod tests {
     use super::*;
     use crate::rules::rule::Rule;
     use serde_json::json;
+
+    #[test]
+    fn what_the_original_does_not_know() {
+        let rule = serde_json::json!({
+            "_id": "r", "_rev": "1-x", "type": "on_change", "db_name": ".*", "url": "http://h/", "block": true, "debounce": true,
+            "if": {}, "params": {}, "method": "PUT", "selector": { "a": 1 }, "secret": "s", "batch": null, "unknown": 7
+        });
+        assert_eq!(additions(&rule), ["selector", "secret"]);
+        assert!(additions(&Value::Null).is_empty());
+    }
 
     #[test]
     fn a_slip_of_the_pen_is_noticed() {

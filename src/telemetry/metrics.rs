@@ -79,6 +79,7 @@ pub struct Metrics {
     pub couchdb_requests: Family<RequestLabels, Counter>,
     pub couchdb_up: Gauge,
     pub feed_connected: Gauge,
+    pub workers_connected: Gauge,
     pub feed_rows: Counter,
     pub feed_hints: Counter,
     pub feed_malformed_rows: Counter,
@@ -130,6 +131,7 @@ impl Metrics {
             couchdb_requests: Family::default(),
             couchdb_up: Gauge::default(),
             feed_connected: Gauge::default(),
+            workers_connected: Gauge::default(),
             feed_rows: Counter::default(),
             feed_hints: Counter::default(),
             feed_malformed_rows: Counter::default(),
@@ -180,6 +182,8 @@ impl Metrics {
         );
         r.register("couchdb_up", "1 while CouchDB answers", self.couchdb_up.clone());
         r.register("feed_connected", "1 while the feed of _global_changes is open", self.feed_connected.clone());
+        let help = "1 while the feed of the spiegel database is open that tells what is dirty or locked";
+        r.register("workers_connected", help, self.workers_connected.clone());
         r.register("feed_rows", "Rows read from _global_changes", self.feed_rows.clone());
         r.register("feed_hints", "Rows that named a watched database", self.feed_hints.clone());
         r.register("feed_malformed_rows", "Rows that could not be read", self.feed_malformed_rows.clone());

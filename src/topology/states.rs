@@ -33,6 +33,8 @@ pub enum Action {
 pub enum Change {
     /// Due now.
     Dirty,
+    /// Due now, where the document does not say so already; somebody else may take it.
+    Owed,
     /// Due at that time, after so many failures.
     DirtyAt { at: SystemTime, retries: u32, missing: bool },
     /// Settled, unless the document changed since the known revision.
@@ -123,11 +125,40 @@ const ERROR_CHARS_MAX: usize = 300;
 
 #[derive(Debug, Default)]
 pub struct States {
+    /// What the documents say is for whoever locks them.
+    by_locks: bool,
     entries: HashMap<Id, Entry>,
     due: BTreeSet<(SystemTime, Id)>,
 }
 
 impl States {
+    /// Whether runs are left to whoever locks the documents. When that ends, what they say is ours again.
+    pub fn by_locks(&mut self, by_locks: bool) -> Vec<Action> {
+        if std::mem::replace(&mut self.by_locks, by_locks) == by_locks || by_locks {
+            return Vec::new();
+        }
+        let is_left = |entry: &Entry| matches!(entry.phase, Phase::Idle) && !entry.cannot_run && entry.durable;
+        let left: Vec<Id> = self.entries.iter().filter(|(_, entry)| is_left(entry)).map(|(id, _)| id.clone()).collect();
+        let mut actions = Vec::new();
+        for id in left {
+            let Some(entry) = self.entries.get(&id) else { continue };
+            match entry.replicator.dirty_at.filter(|_| !entry.replicator.dirty && entry.replicator.rev == entry.known_rev) {
+                Some(at) => self.wait(&id, at),
+                None => actions.extend(self.run_soon(&id, None)),
+            }
+        }
+        actions
+    }
+
+    /// The run that was to start is left to whoever locks the document.
+    pub fn leave(&mut self, id: &Id) -> Option<Action> {
+        let entry = self.entries.get_mut(id)?;
+        entry.phase = Phase::Idle;
+        let mut pieces = std::mem::take(&mut entry.waiters);
+        pieces.append(&mut entry.next_waiters);
+        Some(save(id, entry, Change::Owed, pieces))
+    }
+
     /// What the documents say now.
     pub fn documents(&mut self, replicators: &HashMap<Id, Arc<Replicator>>) -> Vec<Action> {
         let gone: Vec<Id> = self.entries.keys().filter(|id| !replicators.contains_key(*id)).cloned().collect();
@@ -178,6 +209,7 @@ impl States {
         entry.known_rev = replicator.rev.clone();
         let durable_before = std::mem::replace(&mut entry.durable, replicator.dirty || replicator.dirty_at.is_some());
         match (replicator.dirty, replicator.dirty_at, &entry.phase) {
+            (true, ..) | (_, Some(_), _) if self.by_locks => Vec::new(),
             (true, _, _) => self.run_soon(id, None),
             // The run under way will settle the document; what somebody else wants then is one more run.
             (false, Some(_), Phase::Running { .. }) => self.run_soon(id, None),
@@ -564,6 +596,7 @@ mod tests {
         let kind = |action: &Action| match action {
             Action::Start(_) => "start",
             Action::Save { change: Change::Dirty, .. } => "save dirty",
+            Action::Save { change: Change::Owed, .. } => "save owed",
             Action::Save { change: Change::DirtyAt { .. }, .. } => "save dirty_at",
             Action::Save { change: Change::Clean, .. } => "save clean",
             Action::Log { .. } => "log",
@@ -601,6 +634,35 @@ mod tests {
         confirm(&mut states, actions, "2-b");
         assert!(states.document(&id(), &clean("2-b")).is_empty(), "our own write is no news");
         assert_eq!(states.busy(), 0);
+    }
+
+    #[test]
+    fn by_locks_what_is_due_is_left_to_others_and_comes_back_when_they_are_gone() {
+        let now = SystemTime::now();
+        let mut states = States::default();
+        assert!(states.by_locks(true).is_empty());
+        assert!(states.document(&id(), &doc("r", "1-a", json!({}))).is_empty(), "whoever locks it sees to it");
+        assert!(
+            states
+                .document(&id(), &doc("r", "2-locked", json!({ "dirty": true, "locked_at": "2026-01-01T00:00:00Z" })))
+                .is_empty()
+        );
+        assert!(states.document(&id(), &clean("3-done")).is_empty());
+        let (mut pieces, mut kept) = Completion::of(1);
+        assert_eq!(kinds(&states.dirty(now, &id(), pieces.pop())), ["start"]);
+        let actions: Vec<Action> = states.leave(&id()).into_iter().collect();
+        assert_eq!((kinds(&actions), states.busy()), (vec!["save owed"], 0));
+        assert!(!is_kept(&mut kept), "it is not durable yet");
+        assert!(confirm(&mut states, actions, "4-ours").is_empty());
+        assert!(is_kept(&mut kept));
+        assert!(states.by_locks(true).is_empty());
+        assert_eq!(kinds(&states.by_locks(false)), ["start"], "nobody else has done it yet, as far as we know");
+
+        let mut states = States::default();
+        states.by_locks(true);
+        states.document(&id(), &doc("r", "1-a", json!({ "dirty": false, "dirty_at": "2200-01-01T00:00:00Z" })));
+        assert_eq!((states.next_due(), states.by_locks(false).len()), (None, 0));
+        assert!(states.next_due().is_some(), "it has a time");
     }
 
     #[test]

@@ -24,6 +24,7 @@ mod original;
 mod original_bugs;
 mod regions;
 mod replicate;
+mod roles;
 mod secrets;
 mod shutdown;
 mod slow;

@@ -1,0 +1,101 @@
+//! Whether others are at work in the same spiegel database (pure).
+
+use crate::locks::sign::{OwnRevs, Sign, sign};
+use serde_json::Value;
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+#[derive(Debug, Default)]
+pub struct Coexistence {
+    last_sign: Option<Instant>,
+    /// Dirty by a revision that may be our own: the answer to our write may come later than its row.
+    suspects: VecDeque<(Instant, String, String)>,
+}
+
+/// A write's answer is no later than that after its row.
+const ANSWERED_AFTER: Duration = Duration::from_secs(2);
+const SUSPECTS_MAX: usize = 1000;
+/// So long without a sign, and they are gone: the original sweeps nothing, so a quiet hour of the databases looks the same, and
+/// the first sign of life makes us careful again.
+const ALONE_AFTER: Duration = Duration::from_secs(600);
+
+impl Coexistence {
+    pub fn row(&mut self, doc: &Value, me: &str, own: &OwnRevs, age: Instant) {
+        let (id, rev) = (doc["_id"].as_str().unwrap_or_default(), doc["_rev"].as_str().unwrap_or_default());
+        match sign(doc, me) {
+            Sign::None => {}
+            Sign::Lock => self.last_sign = Some(age),
+            Sign::Dirtied if own.knows(id, rev) => {}
+            Sign::Dirtied => {
+                self.suspects.push_back((age, id.to_string(), rev.to_string()));
+                if self.suspects.len() > SUSPECTS_MAX {
+                    self.suspects.pop_front();
+                }
+            }
+        }
+    }
+
+    /// Whether there was no sign of others for long.
+    pub fn is_alone(&mut self, own: &OwnRevs, age: Instant) -> bool {
+        self.settle(own, age);
+        self.last_sign.is_none_or(|at| age.saturating_duration_since(at) >= ALONE_AFTER)
+    }
+
+    /// What was dirtied by a revision that still is not ours was dirtied by others.
+    fn settle(&mut self, own: &OwnRevs, age: Instant) {
+        while let Some((at, id, rev)) = self.suspects.front()
+            && age.saturating_duration_since(*at) >= ANSWERED_AFTER
+        {
+            if !own.knows(id, rev) {
+                self.last_sign = Some(age);
+            }
+            self.suspects.pop_front();
+        }
+    }
+
+    pub fn next_due(&self, age: Instant) -> Option<Duration> {
+        let (at, ..) = self.suspects.front()?;
+        Some((*at + ANSWERED_AFTER).saturating_duration_since(age))
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn row(rev: &str, more: Value) -> Value {
+        let mut doc = json!({ "_id": "d", "_rev": rev, "type": "replicator" });
+        doc.as_object_mut().unwrap().extend(more.as_object().cloned().unwrap());
+        doc
+    }
+
+    #[test]
+    fn a_lock_of_others_is_a_sign_at_once() {
+        let (mut coexistence, own, age) = (Coexistence::default(), OwnRevs::default(), Instant::now());
+        coexistence.row(&row("1-a", json!({ "dirty": false })), "me", &own, age);
+        assert!(coexistence.is_alone(&own, age));
+        coexistence.row(&row("2-a", json!({ "locked_at": "2027-01-01T00:00:00.000Z" })), "me", &own, age);
+        assert!(!coexistence.is_alone(&own, age));
+        assert!(!coexistence.is_alone(&own, age + ALONE_AFTER - Duration::from_secs(1)));
+        assert!(coexistence.is_alone(&own, age + ALONE_AFTER));
+    }
+
+    #[test]
+    fn what_we_dirtied_ourselves_is_none_however_late_the_answer() {
+        for (is_ours, is_late) in [(true, false), (true, true), (false, false)] {
+            let (mut coexistence, own, age) = (Coexistence::default(), OwnRevs::default(), Instant::now());
+            if is_ours && !is_late {
+                own.wrote("d", "1-a");
+            }
+            coexistence.row(&row("1-a", json!({ "dirty": true })), "me", &own, age);
+            assert!(coexistence.is_alone(&own, age + Duration::from_secs(1)), "the answer may come yet");
+            if is_late {
+                own.wrote("d", "1-a");
+            }
+            assert_eq!(coexistence.is_alone(&own, age + ANSWERED_AFTER), is_ours);
+            assert_eq!(coexistence.next_due(age), None);
+        }
+    }
+}
