@@ -17,9 +17,9 @@ pub mod listen;
 pub mod pace;
 pub mod positions;
 pub mod rule_health;
+mod run;
 pub mod update_listener;
 
-use crate::couch::fingerprint::Fingerprint;
 use crate::job::{Claim, DbName, Debts};
 use crate::locks::mixed::Mixed;
 use crate::rules::catalogue::Snapshot;
@@ -27,10 +27,11 @@ use crate::schedule::backoff::Backoff;
 use crate::topology;
 use crate::vault::redact_text;
 use debounce::{Debounce, Next};
-use durable::{Missing, forget_missing, leave_to_locks, make_durable};
+use durable::{Missing, forget_missing, make_durable};
 use late::Late;
 use listen::{Leaving, ListenError, Listener, Tools};
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
+use run::{Left, RunEnded, run};
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -81,14 +82,6 @@ pub enum Instance {
 }
 
 impl ractor::Message for Message {}
-
-pub struct RunEnded {
-    listener: Option<Listener>,
-    /// Where there is no listener: what an earlier one left behind.
-    late: Late,
-    result: Result<(), ListenError>,
-    replicated: Option<oneshot::Receiver<()>>,
-}
 
 /// What all DbActors share.
 pub struct Shared {
@@ -539,69 +532,4 @@ impl Drop for AbortOnDrop {
 fn until(at: SystemTime) -> Duration {
     // A held rule's time is compared with the wall clock; a millisecond more keeps the timer from firing too early.
     at.duration_since(SystemTime::now()).unwrap_or_default() + Duration::from_millis(1)
-}
-
-/// For a listener that leaves slow deliveries behind: what an earlier one left, and how.
-struct Left {
-    late: Late,
-    leaving: Leaving,
-}
-
-async fn run(
-    db: DbName,
-    shared: Arc<Shared>,
-    listener: Option<Listener>,
-    instance: Instance,
-    is_stale: bool,
-    seen: Option<Fingerprint>,
-    left: Left,
-) -> RunEnded {
-    // At the start, work that is durable may be known before the rules are.
-    let snapshot = loaded_snapshot(&shared).await;
-    shared.tools.couch.health().up().await;
-    let rules = snapshot.rules_of(&db);
-    let replicated = match snapshot.replicators_from(&db) {
-        [] => None,
-        _ => {
-            let (done, replicated) = oneshot::channel();
-            // Where the topology is gone, `done` is dropped and this is owed again.
-            let _ = shared.topology.cast(topology::Message::SourceChanged { db: db.clone(), done });
-            Some(replicated)
-        }
-    };
-    if rules.is_empty() || !snapshot.watches(&db) {
-        return RunEnded { listener: None, late: left.late, result: Ok(()), replicated };
-    }
-    if shared.mixed.is_on() {
-        match leave_to_locks(&shared, &db).await {
-            Err(error) => return RunEnded { listener: None, late: left.late, result: Err(error), replicated },
-            // Otherwise nobody takes it up by its lock any more.
-            Ok(()) if shared.mixed.is_on() => {
-                return RunEnded { listener: None, late: left.late, result: Ok(()), replicated };
-            }
-            Ok(()) => {}
-        }
-    }
-    let loaded = match listener {
-        Some(listener) if is_stale => listener.reload(&shared.tools).await,
-        Some(listener) => Ok(listener),
-        None => Listener::load(&shared.tools, &db, &rules).await,
-    };
-    let mut listener = match loaded {
-        Ok(listener) => listener,
-        Err(error) => return RunEnded { listener: None, late: left.late, result: Err(error), replicated },
-    };
-    listener.meet(instance);
-    listener.leave_by(left.leaving, left.late);
-    let result = listener.listen(&shared.tools, &rules, seen).await;
-    RunEnded { listener: Some(listener), late: Late::default(), result, replicated }
-}
-
-async fn loaded_snapshot(shared: &Shared) -> Arc<Snapshot> {
-    let mut snapshots = shared.snapshot.clone();
-    if let Ok(snapshot) = snapshots.wait_for(|snapshot| snapshot.is_loaded()).await {
-        return snapshot.clone();
-    }
-    // The Supervisor that publishes them is gone, and soon we are.
-    std::future::pending().await
 }

@@ -1,0 +1,85 @@
+//! One run of a database: what its replicators are told, and its listen.
+
+use super::{Instance, Shared};
+use crate::couch::fingerprint::Fingerprint;
+use crate::db::durable::leave_to_locks;
+use crate::db::late::Late;
+use crate::db::listen::{Leaving, ListenError, Listener};
+use crate::job::DbName;
+use crate::rules::catalogue::Snapshot;
+use crate::topology;
+use std::sync::Arc;
+use tokio::sync::oneshot;
+
+pub struct RunEnded {
+    pub listener: Option<Listener>,
+    /// Where there is no listener: what an earlier one left behind.
+    pub late: Late,
+    pub result: Result<(), ListenError>,
+    pub replicated: Option<oneshot::Receiver<()>>,
+}
+
+/// For a listener that leaves slow deliveries behind: what an earlier one left, and how.
+pub struct Left {
+    pub late: Late,
+    pub leaving: Leaving,
+}
+
+pub async fn run(
+    db: DbName,
+    shared: Arc<Shared>,
+    listener: Option<Listener>,
+    instance: Instance,
+    is_stale: bool,
+    seen: Option<Fingerprint>,
+    left: Left,
+) -> RunEnded {
+    // At the start, work that is durable may be known before the rules are.
+    let snapshot = loaded_snapshot(&shared).await;
+    shared.tools.couch.health().up().await;
+    let rules = snapshot.rules_of(&db);
+    let replicated = match snapshot.replicators_from(&db) {
+        [] => None,
+        _ => {
+            let (done, replicated) = oneshot::channel();
+            // Where the topology is gone, `done` is dropped and this is owed again.
+            let _ = shared.topology.cast(topology::Message::SourceChanged { db: db.clone(), done });
+            Some(replicated)
+        }
+    };
+    if rules.is_empty() || !snapshot.watches(&db) {
+        return RunEnded { listener: None, late: left.late, result: Ok(()), replicated };
+    }
+    if shared.mixed.is_on() {
+        match leave_to_locks(&shared, &db).await {
+            Err(error) => return RunEnded { listener: None, late: left.late, result: Err(error), replicated },
+            // Otherwise nobody takes it up by its lock any more.
+            Ok(()) if shared.mixed.is_on() => {
+                return RunEnded { listener: None, late: left.late, result: Ok(()), replicated };
+            }
+            Ok(()) => {}
+        }
+    }
+    let loaded = match listener {
+        Some(listener) if is_stale => listener.reload(&shared.tools).await,
+        Some(listener) => Ok(listener),
+        None => Listener::load(&shared.tools, &db, &rules).await,
+    };
+    let mut listener = match loaded {
+        Ok(listener) => listener,
+        Err(error) => return RunEnded { listener: None, late: left.late, result: Err(error), replicated },
+    };
+    listener.meet(instance);
+    listener.leave_by(left.leaving, left.late);
+    let result = listener.listen(&shared.tools, &rules, seen).await;
+    RunEnded { listener: Some(listener), late: Late::default(), result, replicated }
+}
+
+async fn loaded_snapshot(shared: &Shared) -> Arc<Snapshot> {
+    let mut snapshots = shared.snapshot.clone();
+    if let Ok(snapshot) = snapshots.wait_for(|snapshot| snapshot.is_loaded()).await {
+        return snapshot.clone();
+    }
+    // The Supervisor that publishes them is gone, and soon we are.
+    std::future::pending().await
+}
