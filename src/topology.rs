@@ -462,7 +462,8 @@ fn write_change(doc: &mut Value, change: &Change, now: SystemTime) {
         }
         Change::Clean => {
             doc["dirty"] = Value::Bool(false);
-            for field in ["dirty_at", "retries", "possibly_deleted_at"] {
+            // A lock that is left there would keep the original from the next change, and nobody showed himself who could hold it.
+            for field in ["dirty_at", "retries", "possibly_deleted_at", "locked_at"] {
                 clear(doc, field);
             }
         }

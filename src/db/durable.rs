@@ -1,10 +1,10 @@
 //! What a database owes, written into CouchDB: that there is work, or that the database is missing.
 
 use crate::couch::{CouchError, WriteResult};
+use crate::db::dirty::{Marking, Subject, mark};
 use crate::db::listen::ListenError;
 use crate::db::{Shared, known, listen};
 use crate::job::{DbName, timestamp};
-use crate::locks::held::owed;
 use crate::topology;
 use serde_json::Value;
 use std::time::SystemTime;
@@ -47,13 +47,13 @@ async fn mark_dirty(shared: &Shared, db: &DbName) -> bool {
 pub async fn leave_to_locks(shared: &Shared, db: &DbName) -> Result<(), ListenError> {
     let id = listen::document_id(db);
     let checkpoints = &shared.tools.checkpoints;
-    let update = |doc: &mut Value| match owed(doc, SystemTime::now()) {
-        Some(written) => {
+    let subject = Subject::ChangeListener(db.to_string());
+    let update = |doc: &mut Value| match mark(&subject, Some(doc), None, SystemTime::now()) {
+        Marking::Write(written) => {
             *doc = written;
-            doc.as_object_mut().map(known::forget);
             true
         }
-        None => false,
+        _ => false,
     };
     let unsaved = |reason: String| ListenError::Unsaved(reason);
     if checkpoints.update(&id, update).await.map_err(|error| unsaved(error.to_string()))?.is_some() {
@@ -63,10 +63,8 @@ pub async fn leave_to_locks(shared: &Shared, db: &DbName) -> Result<(), ListenEr
         // Nobody has listened to it, and nobody will.
         return Ok(());
     }
-    let mut doc = listen::new_document(&id, db);
-    doc.insert(String::from("dirty"), Value::Bool(true));
-    doc.insert(String::from("updated_at"), Value::from(timestamp(SystemTime::now())));
-    match checkpoints.save(Value::Object(doc)).await {
+    let Marking::Write(doc) = mark(&subject, None, None, SystemTime::now()) else { return Ok(()) };
+    match checkpoints.save(doc).await {
         Ok(WriteResult::Saved { .. }) => Ok(()),
         Ok(WriteResult::Refused { reason }) => Err(unsaved(reason)),
         Ok(WriteResult::Conflict) | Err(_) => Err(unsaved(String::from("somebody else made the document meanwhile"))),

@@ -476,6 +476,10 @@ impl Listener {
         if settles_dirty || !doc.contains_key("dirty") {
             doc.insert(String::from("dirty"), Value::Bool(false));
         }
+        if settles_dirty && doc.get("locked_at").is_some_and(|at| !at.is_null()) {
+            // Nobody showed himself who could hold it, and left there it would keep the original from the next change.
+            doc.insert(String::from("locked_at"), Value::Null);
+        }
         match (&self.seen, self.positions.complete()) {
             (Some(seen), Some(last_seq)) if doc["dirty"] == Value::Bool(false) => known::store(&mut doc, seen, last_seq),
             _ => known::forget(&mut doc),

@@ -11,9 +11,9 @@ use std::sync::Mutex;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sign {
     None,
-    /// Somebody else has locked it.
+    /// Locked, and not by us; whether we only wrote it so, its revision tells.
     Lock,
-    /// Somebody left it dirty; whether that was us, its revision tells.
+    /// Dirty; whether we wrote that, its revision tells.
     Dirtied,
 }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 #[derive(Debug, Default)]
 pub struct Coexistence {
     last_sign: Option<Instant>,
-    /// Dirty by a revision that may be our own: the answer to our write may come later than its row.
+    /// Dirty or locked by a revision that may be our own: the answer to our write may come later than its row.
     suspects: VecDeque<(Instant, String, String)>,
 }
 
@@ -24,9 +24,9 @@ impl Coexistence {
         let (id, rev) = (doc["_id"].as_str().unwrap_or_default(), doc["_rev"].as_str().unwrap_or_default());
         match sign(doc, me) {
             Sign::None => {}
-            Sign::Lock => self.last_sign = Some(age),
-            Sign::Dirtied if own.knows(id, rev) => {}
-            Sign::Dirtied => {
+            // We write documents that a dead process left locked, too.
+            Sign::Lock | Sign::Dirtied if own.knows(id, rev) => {}
+            Sign::Lock | Sign::Dirtied => {
                 self.suspects.push_back((age, id.to_string(), rev.to_string()));
                 if self.suspects.len() > SUSPECTS_MAX {
                     self.suspects.pop_front();
@@ -72,14 +72,19 @@ mod tests {
     }
 
     #[test]
-    fn a_lock_of_others_is_a_sign_at_once() {
+    fn a_lock_of_others_is_a_sign() {
         let (mut coexistence, own, age) = (Coexistence::default(), OwnRevs::default(), Instant::now());
         coexistence.row(&row("1-a", json!({ "dirty": false })), "me", &own, age);
         assert!(coexistence.is_alone(&own, age));
         coexistence.row(&row("2-a", json!({ "locked_at": "2027-01-01T00:00:00.000Z" })), "me", &own, age);
-        assert!(!coexistence.is_alone(&own, age));
-        assert!(!coexistence.is_alone(&own, age + ALONE_AFTER - Duration::from_secs(1)));
-        assert!(coexistence.is_alone(&own, age + ALONE_AFTER));
+        let seen = age + ANSWERED_AFTER;
+        assert!(!coexistence.is_alone(&own, seen));
+        assert!(!coexistence.is_alone(&own, seen + ALONE_AFTER - Duration::from_secs(1)));
+        assert!(coexistence.is_alone(&own, seen + ALONE_AFTER));
+        // A dead process's lock in a document that we wrote.
+        own.wrote("d", "3-a");
+        coexistence.row(&row("3-a", json!({ "locked_at": 5 })), "me", &own, age);
+        assert!(coexistence.is_alone(&own, seen + ALONE_AFTER));
     }
 
     #[test]
