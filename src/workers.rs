@@ -156,8 +156,13 @@ impl Actor for Workers {
             mixed: arguments.mixed.subscribe(),
             workers: myself.clone(),
         };
-        let mut tasks = vec![watched(&myself, follower.run())];
-        if let Some(means) = shared.replicate.clone().filter(|_| arguments.mixed.is_fixed()) {
+        // Where locks are never used there is nothing to follow.
+        let is_idle = arguments.mixed.is_fixed() && !arguments.mixed.is_on();
+        let mut tasks = Vec::new();
+        if !is_idle {
+            tasks.push(watched(&myself, follower.run()));
+        }
+        if let Some(means) = shared.replicate.clone().filter(|_| arguments.mixed.is_fixed() && !is_idle) {
             let workers = myself.clone();
             // In a process that does everything the topology hears of it.
             tasks.push(watched(&myself, async move {
