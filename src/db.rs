@@ -35,7 +35,7 @@ use run::{Left, RunEnded, run};
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
-use tokio::sync::{Notify, oneshot, watch};
+use tokio::sync::{oneshot, watch};
 use tokio::task::AbortHandle;
 
 pub enum Message {
@@ -140,8 +140,8 @@ pub struct State {
     instance: Instance,
     /// Its document was written behind the listener's back, by a spill.
     listener_is_stale: bool,
-    /// Told of hints during a run.
-    more: Arc<Notify>,
+    /// That there is more to do than the run under way.
+    more: Arc<watch::Sender<bool>>,
     /// Of a listener that had to be forgotten.
     late: Late,
 }
@@ -182,7 +182,7 @@ impl Actor for DbActor {
             stopping: false,
             instance: Instance::Unchanged,
             listener_is_stale: false,
-            more: Arc::default(),
+            more: Arc::new(watch::Sender::new(false)),
             late: Late::default(),
         })
     }
@@ -196,15 +196,14 @@ impl Actor for DbActor {
                     state.instance = instance;
                     state.retry_at = None;
                 }
-                if state.run.is_some() {
-                    state.more.notify_one();
-                }
+                state.more.send_replace(true);
                 if state.retry_at.is_none() {
                     let next = state.debounce.hint(now);
                     state.follow(&myself, next);
                 }
             }
             Message::LateEnded => {
+                state.more.send_replace(true);
                 if state.retry_at.is_none() {
                     let next = state.debounce.hint(now);
                     state.follow(&myself, next);
@@ -279,7 +278,7 @@ impl State {
         self.claims.insert(claim);
         let seen = shared.debts.fingerprint(&db, claim);
         // What was told before this run is what it is for.
-        self.more = Arc::default();
+        self.more = Arc::new(watch::Sender::new(false));
         let (myself, told) = (myself.clone(), myself.clone());
         let told = Arc::new(move || drop(told.cast(Message::LateEnded)));
         let left = Left { late: std::mem::take(&mut self.late), leaving: Leaving { more: self.more.clone(), told } };
@@ -308,6 +307,9 @@ impl State {
         let RunEnded { listener, late, result, replicated } = ended;
         let has_more = listener.as_ref().is_some_and(|listener| listener.positions().has_more());
         self.listener = listener;
+        if self.listener.is_none() {
+            self.late = late;
+        }
         let next = self.debounce.run_ended(now);
         let db = self.arguments.db.clone();
         match result {
@@ -337,7 +339,7 @@ impl State {
             Err(error) => {
                 self.release(claim);
                 // What was known of the document, or of the database, may be why it failed; what is under way still is.
-                self.late = self.listener.take().map_or(late, Listener::into_late);
+                self.late = self.listener.take().map_or_else(|| std::mem::take(&mut self.late), Listener::into_late);
                 self.instance = Instance::Unsure;
                 self.retry_at = Some(now + self.retry_delay(&error));
             }

@@ -6,7 +6,7 @@
 
 use crate::couch::Row;
 use crate::db::failing::Failing;
-use crate::db::gather::{Leave, Line, Lines, Pending, Sent, after, gather, next_in_line, send};
+use crate::db::gather::{Leave, Line, Lines, Pending, Sent, after, gather, next_in_line};
 use crate::db::late::{Late, Outstanding};
 use crate::db::positions::{PageOutcome, RuleId};
 use crate::deliveries::index::Standing;
@@ -73,8 +73,8 @@ pub struct Delivered {
     pub late: BTreeMap<RuleId, Vec<(String, Outstanding)>>,
     /// Rows that failed, of rules that wait for them.
     pub waited_for: Vec<(RuleId, usize)>,
-    /// Rows that such a rule does not wait for any more, because somebody said how long it may.
-    pub given_up: Vec<(RuleId, usize)>,
+    /// Rows that a rule does not wait for any more: they are delivered, or somebody said how long it may.
+    pub passed: Vec<(RuleId, usize)>,
 }
 
 /// A rule that is disabled is looked at again after this, if nobody tells of its end before.
@@ -90,7 +90,7 @@ struct Sheet<'a> {
     parking: Vec<(usize, Arc<Rule>, u64, Option<Failed>)>,
     late: BTreeMap<RuleId, Vec<(String, Outstanding)>>,
     waited_for: Vec<(RuleId, usize)>,
-    given_up: Vec<(RuleId, usize)>,
+    passed: Vec<(RuleId, usize)>,
 }
 
 /// Delivers rows in order. Rules that do not block are sent together and awaited at the end; a blocking one is awaited before
@@ -106,7 +106,7 @@ pub async fn deliver(means: &Means<'_>, to: Addressee<'_>, rows: &[Row], late: &
         parking: Vec::new(),
         late: BTreeMap::new(),
         waited_for: Vec::new(),
-        given_up: Vec::new(),
+        passed: Vec::new(),
     };
     let disabled: Vec<bool> = to.rules.rules().iter().map(|rule| means.deliveries.is_disabled(rule)).collect();
     let mut waiting: Vec<Pending> = Vec::new();
@@ -114,14 +114,17 @@ pub async fn deliver(means: &Means<'_>, to: Addressee<'_>, rows: &[Row], late: &
     let mut unsent: Vec<(Arc<Delivery>, oneshot::Sender<Outcome>)> = Vec::new();
     let mut blocked_at = None;
     let mut probing = to.probing;
+    // Every row was looked at.
+    let mut is_whole = true;
+    late.note_delivered();
 
     for (index, row) in rows.iter().enumerate() {
         let doc = Document::of(row);
         let mut blocking = Vec::new();
         let matching = to.rules.matching(&doc).into_iter().filter_map(|at| to.rules.rules().get(at).zip(disabled.get(at)));
         for (rule, is_disabled) in matching {
-            let key = delivery_key(&rule.id, row);
-            if to.delivered.contains(&key) {
+            let key = delivery_key(&rule.id, row, to.instance_start_time);
+            if to.delivered.contains(&key) || late.was_delivered(&rule.id, key) {
                 sheet.delivered.push((index, key));
                 continue;
             }
@@ -150,17 +153,17 @@ pub async fn deliver(means: &Means<'_>, to: Addressee<'_>, rows: &[Row], late: &
                 line.1.push_back((index, key, built));
                 continue;
             }
-            let outcome = match late.take(&rule.id, &row.id) {
-                Some(sent) if sent.key == key => sent.outcome,
-                Some(older) => after(older, means.pool, built),
-                None => {
+            let older = match rule.handling.order {
+                Order::Database => late.take_of(&rule.id),
+                Order::Document => late.take(&rule.id, &row.id).into_iter().collect(),
+            };
+            let outcome = match (older.is_empty(), built) {
+                (true, Ok(delivery)) => {
                     let (reply, outcome) = oneshot::channel();
-                    match built {
-                        Ok(delivery) => unsent.push((Arc::new(delivery), reply)),
-                        Err(outcome) => drop(reply.send(outcome)),
-                    }
+                    unsent.push((Arc::new(delivery), reply));
                     outcome
                 }
+                (_, built) => after(older, key, means.pool, built),
             };
             let pending = Pending { row: index, rule: rule.clone(), key, outcome };
             match rule.block || probing {
@@ -169,6 +172,7 @@ pub async fn deliver(means: &Means<'_>, to: Addressee<'_>, rows: &[Row], late: &
             }
         }
         if blocked_at.is_some() {
+            is_whole = false;
             break;
         }
         if !blocking.is_empty() {
@@ -182,6 +186,7 @@ pub async fn deliver(means: &Means<'_>, to: Addressee<'_>, rows: &[Row], late: &
                     // The probe failed: the rest of the page is not tried for these rules.
                     false => sheet.give_up_rest(index),
                 }
+                is_whole = false;
                 break;
             }
             probing = false;
@@ -191,24 +196,28 @@ pub async fn deliver(means: &Means<'_>, to: Addressee<'_>, rows: &[Row], late: &
     let firsts = lines.iter_mut().filter_map(|(rule_id, (rule, line))| {
         // One at a time: what is under way for this rule is the first of its line.
         let (row, key, built) = line.pop_front()?;
-        let outcome = match late.take(rule_id, rows.get(row).map_or("", |row| row.id.as_str())) {
-            Some(sent) if sent.key == key => sent.outcome,
-            Some(older) => after(older, means.pool, built),
-            None => send(means.pool, built),
-        };
+        let outcome = after(late.take_of(rule_id), key, means.pool, built);
         Some(Pending { row, rule: rule.clone(), key, outcome })
     });
     waiting.extend(firsts.collect::<Vec<_>>());
     // Where the page is blocked nobody of it goes on.
-    sheet.settle(waiting, lines, to.leave.filter(|_| blocked_at.is_none())).await;
+    let leave = to.leave.filter(|_| blocked_at.is_none()).map(|leave| Leave {
+        has_others: leave.has_others
+            || to.rules.rules().iter().any(|rule| waiting.iter().all(|pending| pending.rule.id != rule.id)),
+        ..leave
+    });
+    sheet.settle(waiting, lines, leave).await;
     sheet.park().await;
-    late.forget_ended_of(to.rules.rules());
+    if is_whole {
+        let asked = to.rules.rules().iter().zip(&disabled).filter(|(_, is_disabled)| !**is_disabled).map(|(rule, _)| rule);
+        late.forget_ended_of(&asked.collect::<Vec<_>>());
+    }
     sheet.close(blocked_at)
 }
 
 impl Sheet<'_> {
     /// Awaits deliveries, and what follows them in their lines. True when what comes after them may be sent.
-    async fn settle(&mut self, mut pending: Vec<Pending>, mut lines: Lines, leave: Option<Leave<'_>>) -> bool {
+    async fn settle(&mut self, mut pending: Vec<Pending>, mut lines: Lines, mut leave: Option<Leave<'_>>) -> bool {
         let mut all = true;
         while !pending.is_empty() {
             let (sent, mut left) = gather(self.means.pool, pending, &mut lines, leave).await;
@@ -220,7 +229,8 @@ impl Sheet<'_> {
                     (None, None) => {}
                 }
             }
-            // One that failed was given up: its line goes on.
+            // One that failed was given up: its line goes on, and nobody else's needs to.
+            leave = leave.map(|leave| Leave { has_others: true, ..leave });
             let goes_on = lines.iter_mut().filter(|(rule, _)| !self.failed.contains_key(*rule));
             pending = goes_on.filter_map(|(_, (rule, line))| next_in_line(self.means.pool, rule, line)).collect();
         }
@@ -236,7 +246,10 @@ impl Sheet<'_> {
 
     async fn ended(&mut self, row: usize, rule: &Arc<Rule>, key: u64, outcome: Outcome) -> bool {
         match outcome {
-            Outcome::Done => self.delivered.push((row, key)),
+            Outcome::Done => {
+                self.delivered.push((row, key));
+                self.passed.push((rule.id.clone(), row));
+            }
             Outcome::Failed(failed) if failed.verdict == Verdict::Gone => {
                 self.means.deliveries.disable(rule, self.to.db, &failed.error).await;
                 self.hold(row, rule, failed.error, Wait::For(DISABLED_FOR));
@@ -244,7 +257,7 @@ impl Sheet<'_> {
             }
             Outcome::Failed(failed) if parks(rule) => self.parking.push((row, rule.clone(), key, Some(failed))),
             Outcome::Failed(failed) if self.is_given_up(row, rule, &failed).await => {
-                self.given_up.push((rule.id.clone(), row));
+                self.passed.push((rule.id.clone(), row));
                 self.delivered.push((row, key));
             }
             Outcome::Failed(failed) => {
@@ -339,7 +352,7 @@ impl Sheet<'_> {
             delivered,
             ..PageOutcome::default()
         };
-        Delivered { page, failures: self.failures, late: self.late, waited_for: self.waited_for, given_up: self.given_up }
+        Delivered { page, failures: self.failures, late: self.late, waited_for: self.waited_for, passed: self.passed }
     }
 }
 
@@ -356,8 +369,9 @@ fn unbuildable(error: RequestError) -> Outcome {
     }
 }
 
-fn delivery_key(rule: &RuleId, row: &Row) -> u64 {
+/// A database that is made again may have equal revisions.
+fn delivery_key(rule: &RuleId, row: &Row, instance_start_time: &str) -> u64 {
     let mut hasher = DefaultHasher::new();
-    (rule, &row.id, row.rev(), row.deleted).hash(&mut hasher);
+    (rule, &row.id, row.rev(), row.deleted, instance_start_time).hash(&mut hasher);
     hasher.finish()
 }

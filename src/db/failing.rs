@@ -97,6 +97,10 @@ impl Failing {
         self.0.remove(rule);
     }
 
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     pub fn retain(&mut self, mut waits: impl FnMut(&RuleId) -> bool) {
         self.0.retain(|rule, _| waits(rule));
     }

@@ -13,7 +13,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::{oneshot, watch};
 
 /// A receiver is not slow before this.
 const PATIENCE: Duration = Duration::from_millis(100);
@@ -21,11 +21,11 @@ const PATIENCE: Duration = Duration::from_millis(100);
 /// When a page goes on without its slow deliveries.
 #[derive(Clone, Copy)]
 pub struct Leave<'a> {
-    /// The database has changed since.
-    pub more: &'a Notify,
+    /// The database has changed since, or another rule may go on.
+    pub more: &'a watch::Sender<bool>,
     /// Whether somebody waits already.
     pub is_wanted: bool,
-    /// Other rules stand elsewhere, so that nobody of this page needs to be done.
+    /// There are rules with nothing under way, on this page or elsewhere: nobody else needs to be done first.
     pub has_others: bool,
 }
 
@@ -115,7 +115,7 @@ async fn is_left(leave: Option<Leave<'_>>, slow_at: Option<Instant>) {
     let (Some(leave), Some(slow_at)) = (leave, slow_at) else { return std::future::pending().await };
     tokio::time::sleep_until(slow_at.into()).await;
     if !leave.is_wanted {
-        leave.more.notified().await;
+        let _ = leave.more.subscribe().wait_for(|more| *more).await;
     }
 }
 
@@ -135,12 +135,27 @@ pub fn send(pool: &Pool<HttpSender>, built: Result<Delivery, Outcome>) -> onesho
     }
 }
 
-/// Never two at once for one document: an older revision's delivery ends first.
-pub fn after(older: Outstanding, pool: &Pool<HttpSender>, built: Result<Delivery, Outcome>) -> oneshot::Receiver<Outcome> {
+/// Never two at once for one document, or one line: what is under way ends first, and what it is about is not sent again.
+pub fn after(
+    mut older: Vec<Outstanding>,
+    key: u64,
+    pool: &Pool<HttpSender>,
+    built: Result<Delivery, Outcome>,
+) -> oneshot::Receiver<Outcome> {
+    let same = older.iter().position(|outstanding| outstanding.key == key).map(|at| older.swap_remove(at).outcome);
+    if older.is_empty() {
+        return same.unwrap_or_else(|| send(pool, built));
+    }
     let (pool, (reply, receiver)) = (pool.clone(), oneshot::channel());
     tokio::spawn(async move {
-        let _ = older.outcome.await;
-        if let Ok(outcome) = send(&pool, built).await {
+        for older in older {
+            let _ = older.outcome.await;
+        }
+        let outcome = match same {
+            Some(same) => same,
+            None => send(&pool, built),
+        };
+        if let Ok(outcome) = outcome.await {
             let _ = reply.send(outcome);
         }
     });

@@ -6,7 +6,7 @@
 use crate::db::positions::RuleId;
 use crate::job::Outcome;
 use crate::rules::rule::Rule;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::sync::oneshot;
@@ -24,11 +24,70 @@ pub struct Late {
     deliveries: HashMap<(RuleId, String), Outstanding>,
     /// Rules that wait for theirs, and whether all of those have ended.
     waiting: BTreeMap<RuleId, Arc<AtomicBool>>,
+    /// What was delivered beyond a rule's position, and is not known by it.
+    delivered: HashMap<RuleId, HashSet<u64>>,
 }
 
 impl Late {
     pub fn is_empty(&self) -> bool {
-        self.deliveries.is_empty() && self.waiting.is_empty()
+        self.deliveries.is_empty() && self.waiting.is_empty() && self.delivered.is_empty()
+    }
+
+    /// For the next listener, where this one has to be forgotten.
+    pub fn with_delivered(mut self, of_rules: impl IntoIterator<Item = (RuleId, HashSet<u64>)>) -> Self {
+        for (rule, keys) in of_rules {
+            self.delivered.entry(rule).or_default().extend(keys);
+        }
+        self
+    }
+
+    pub fn was_delivered(&self, rule: &RuleId, key: u64) -> bool {
+        self.delivered.get(rule).is_some_and(|keys| keys.contains(&key))
+    }
+
+    /// Outcomes that came and are good need nobody who asks for them: a feed may show its rows in another order now.
+    pub fn note_delivered(&mut self) {
+        let Self { deliveries, delivered, .. } = self;
+        deliveries.retain(|(rule, _), outstanding| match outstanding.outcome.try_recv() {
+            Ok(Outcome::Done) => {
+                delivered.entry(rule.clone()).or_default().insert(outstanding.key);
+                false
+            }
+            Ok(outcome) => {
+                let (sender, receiver) = oneshot::channel();
+                let _ = sender.send(outcome);
+                outstanding.outcome = receiver;
+                true
+            }
+            Err(_) => true,
+        });
+    }
+
+    /// It was another database's.
+    pub fn forget_delivered(&mut self) {
+        self.delivered.clear();
+    }
+
+    pub fn is_waiting(&self, rule: &RuleId) -> bool {
+        self.waiting.contains_key(rule)
+    }
+
+    /// All of a rule that keeps the order of the whole database.
+    pub fn take_of(&mut self, rule: &RuleId) -> Vec<Outstanding> {
+        let ids: Vec<_> = self.deliveries.keys().filter(|(of, _)| of == rule).cloned().collect();
+        ids.iter().filter_map(|id| self.deliveries.remove(id)).collect()
+    }
+
+    /// A rule that has failed as well backs off, and does not wait for these.
+    pub fn keep(&mut self, rule: &RuleId, left: Vec<(String, Outstanding)>) {
+        self.deliveries.extend(left.into_iter().map(|(doc_id, outstanding)| ((rule.clone(), doc_id), outstanding)));
+    }
+
+    /// They are read now.
+    pub fn stop_waiting<'a>(&mut self, rules: impl IntoIterator<Item = &'a RuleId>) {
+        for rule in rules {
+            self.waiting.remove(rule);
+        }
     }
 
     pub fn take(&mut self, rule: &RuleId, doc_id: &str) -> Option<Outstanding> {
@@ -75,16 +134,19 @@ impl Late {
         ended
     }
 
-    /// What has ended and was not asked for by the page that it belonged to is of no use any more.
-    pub fn forget_ended_of(&mut self, rules: &[Arc<Rule>]) {
+    /// A whole page was read since: what has ended and was not asked for is of no use any more, and what was delivered is known.
+    pub fn forget_ended_of(&mut self, rules: &[&Arc<Rule>]) {
+        let is_read = |rule: &RuleId| rules.iter().any(|read| read.id == *rule);
         self.deliveries.retain(|(rule, _), outstanding| {
-            rules.iter().all(|known| known.id != *rule) || matches!(outstanding.outcome.try_recv(), Err(TryRecvError::Empty))
+            !is_read(rule) || matches!(outstanding.outcome.try_recv(), Err(TryRecvError::Empty))
         });
+        self.delivered.retain(|rule, _| !is_read(rule));
     }
 
     pub fn retain(&mut self, is_known: impl Fn(&RuleId) -> bool) {
         self.deliveries.retain(|(rule, _), _| is_known(rule));
         self.waiting.retain(|rule, _| is_known(rule));
+        self.delivered.retain(|rule, _| is_known(rule));
     }
 }
 
@@ -148,12 +210,33 @@ mod tests {
         })
         .await
         .unwrap();
-        late.forget_ended_of(&[rule("other")]);
+        late.forget_ended_of(&[&rule("other")]);
         assert_eq!(late.deliveries.len(), 2);
-        late.forget_ended_of(&[rule("r")]);
+        late.forget_ended_of(&[&rule("r")]);
         assert_eq!(late.deliveries.keys().map(|(_, doc)| doc.as_str()).collect::<Vec<_>>(), ["under_way"]);
         late.retain(|_| false);
         assert!(late.is_empty());
         drop(under_way);
+    }
+
+    #[tokio::test]
+    async fn what_came_well_is_known_whatever_row_is_read_first() {
+        let mut late = Late::default();
+        let outstanding = |key, outcome: Option<Outcome>| {
+            let (sender, receiver) = oneshot::channel();
+            outcome.map(|outcome| sender.send(outcome));
+            Outstanding { key, outcome: receiver }
+        };
+        let failed = Outcome::Missing { error: String::from("gone") };
+        let left = [("done", 1, Some(Outcome::Done)), ("failed", 2, Some(failed.clone()))];
+        late.keep(&id("r"), left.map(|(doc, key, outcome)| (doc.into(), outstanding(key, outcome))).into());
+        late.note_delivered();
+        late.note_delivered();
+        assert!(late.was_delivered(&id("r"), 1) && !late.was_delivered(&id("other"), 1) && !late.was_delivered(&id("r"), 2));
+        assert_eq!(late.take_of(&id("r")).remove(0).outcome.await, Ok(failed));
+        late.forget_ended_of(&[&rule("other")]);
+        assert!(late.was_delivered(&id("r"), 1));
+        late.forget_ended_of(&[&rule("r")]);
+        assert!(late.is_empty());
     }
 }

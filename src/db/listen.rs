@@ -27,7 +27,7 @@ use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::{Semaphore, watch};
 use tokio_util::task::AbortOnDropHandle;
 
 /// What every listen needs; shared by all databases.
@@ -84,7 +84,7 @@ pub struct Listener {
 /// With what a page leaves its slow deliveries behind.
 pub struct Leaving {
     /// The database has changed since the run began.
-    pub more: Arc<Notify>,
+    pub more: Arc<watch::Sender<bool>>,
     /// Called when what was left has ended.
     pub told: Arc<dyn Fn() + Send + Sync>,
 }
@@ -172,7 +172,7 @@ impl Listener {
     }
 
     pub fn into_late(self) -> Late {
-        self.late
+        self.late.with_delivered(self.positions.delivered())
     }
 
     /// True while there is something that would be lost, and repeated, by forgetting this and loading it again.
@@ -185,10 +185,10 @@ impl Listener {
     }
 
     /// Its document as it is now; the positions are ours.
-    pub async fn reload(mut self, tools: &Tools) -> Result<Self, ListenError> {
+    pub async fn reload(&mut self, tools: &Tools) -> Result<(), ListenError> {
         let doc = tools.checkpoints.load(self.id.clone()).await;
         self.doc = doc.map_err(|gone| ListenError::Unsaved(gone.to_string()))?;
-        Ok(self)
+        Ok(())
     }
 
     /// A database that was made again gets new delivery ids.
@@ -201,6 +201,8 @@ impl Listener {
                 let known = self.instance_start_time.replace(instance.to_string());
                 if known.is_some_and(|known| known != *instance) {
                     self.positions.forget_deliveries();
+                    self.late.forget_delivered();
+                    self.failing.retain(|_| false);
                 }
             }
         }
@@ -240,6 +242,11 @@ impl Listener {
             let group = self.positions.group(index);
             let chosen = rules.choose(|rule| group.rules.contains(&rule.id));
             let group_rules = chosen.rules();
+            if !group_rules.is_empty() && group_rules.iter().all(|rule| self.late.is_waiting(&rule.id)) {
+                // Its answers are not there yet.
+                self.positions.wait(index, SystemTime::now() + LATE_LOOKED_AT_AFTER);
+                continue;
+            }
             if group.hold.is_some()
                 && let Some(until) = nothing_sent_until(tools, group_rules)
             {
@@ -258,6 +265,8 @@ impl Listener {
             {
                 tracing::warn!(db = %self.db, since = since.as_query(), "the position is none of this server's, starting from the beginning");
                 self.positions.restart(index);
+                self.late.retain(|_| false);
+                self.late.forget_delivered();
                 continue;
             }
             let page = self.existing(tools, page).await?;
@@ -266,6 +275,8 @@ impl Listener {
             }
             if page.rows.is_empty() && self.was_made_again(tools, index).await? {
                 self.positions.restart(index);
+                self.late.retain(|_| false);
+                self.late.forget_delivered();
                 continue;
             }
             let read_nothing = page.rows.is_empty() && page.malformed.is_empty();
@@ -289,8 +300,8 @@ impl Listener {
                     self.failing.failed(rule, (&row.id, row.rev()), SystemTime::now());
                 }
             }
-            for (rule, row) in &delivered.given_up {
-                if let Some(row) = page.rows.get(*row) {
+            for (rule, row) in &delivered.passed {
+                if let Some(row) = page.rows.get(*row).filter(|_| !self.failing.is_empty()) {
                     self.failing.passed(rule, (&row.id, row.rev()));
                 }
             }
@@ -303,10 +314,13 @@ impl Listener {
             outcome.last_seq = Some(page.last_seq);
             outcome.pending = pending;
             drop(page.rows);
+            let is_late = outcome.late.clone();
             self.page_done(tools, index, outcome, &failures);
+            self.late.stop_waiting(group_rules.iter().map(|rule| &rule.id));
             for (rule, left) in late {
-                if let Some(Leaving { told, .. }) = &self.leaving {
-                    self.late.leave(&rule, left, told.clone());
+                match &self.leaving {
+                    Some(Leaving { told, .. }) if is_late.contains(&rule) => self.late.leave(&rule, left, told.clone()),
+                    _ => self.late.keep(&rule, left),
                 }
             }
             // The last page's is saved with what ends the lock.
@@ -374,10 +388,10 @@ impl Listener {
             let instance = tools.couch.db_info(&self.db).await?.instance_start_time;
             self.meet(Instance::Is(instance.into()));
         }
-        let (has_others, others_wait) = self.positions.others(index);
+        let (has_others, others_wait) = self.positions.others(index, |rule| self.late.is_waiting(rule));
         let group = self.positions.group(index);
         let leaving = self.leaving.as_ref().filter(|_| has_others || rules.rules().len() > 1);
-        let is_wanted = others_wait || page.pending.is_some_and(|pending| pending > 0);
+        let is_wanted = others_wait || (rules.rules().len() > 1 && page.pending.is_some_and(|pending| pending > 0));
         let to = Addressee {
             db: &self.db,
             instance_start_time: self.instance_start_time.as_deref().unwrap_or_default(),

@@ -148,10 +148,26 @@ impl Positions {
         }
     }
 
-    /// Whether rules that are not held stand elsewhere, and whether they have something to read.
-    pub fn others(&self, index: usize) -> (bool, bool) {
-        let others = || self.groups.iter().enumerate().filter(|(at, group)| *at != index && group.hold.is_none());
-        (others().next().is_some(), others().any(|(_, group)| group.at_end.is_none() && group.budget != Some(0)))
+    /// Whether rules stand elsewhere that are not held, or for their late deliveries only; and whether some of those that are
+    /// not held have something to read.
+    pub fn others(&self, index: usize, is_late: impl Fn(&RuleId) -> bool) -> (bool, bool) {
+        let others = || self.groups.iter().enumerate().filter(|(at, _)| *at != index).map(|(_, group)| group);
+        let goes_on = |group: &Group| group.hold.is_none() || group.rules.iter().any(&is_late);
+        let reads = |group: &Group| group.hold.is_none() && group.at_end.is_none() && group.budget != Some(0);
+        (others().any(goes_on), others().any(reads))
+    }
+
+    /// The group waits until then, without a failure.
+    pub fn wait(&mut self, index: usize, until: SystemTime) {
+        let hold = &mut self.groups[index].hold;
+        *hold = Some(Hold { until, retries: hold.as_ref().map_or(0, |hold| hold.retries) });
+        self.changed = true;
+    }
+
+    /// By rule, the keys of what was delivered beyond its position.
+    pub fn delivered(&self) -> Vec<(RuleId, HashSet<u64>)> {
+        let known = self.groups.iter().filter(|group| !group.delivered.is_empty());
+        known.flat_map(|group| group.rules.iter().map(|rule| (rule.clone(), group.delivered.clone()))).collect()
     }
 
     /// The group waits on: what it waits for is known to be as it was, without a try.

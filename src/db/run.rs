@@ -47,30 +47,37 @@ pub async fn run(
             Some(replicated)
         }
     };
+    let Left { late, leaving } = left;
+    let without = |listener: Option<Listener>, late: Late, result, replicated| RunEnded {
+        listener: None,
+        late: listener.map_or(late, Listener::into_late),
+        result,
+        replicated,
+    };
     if rules.is_empty() || !snapshot.watches(&db) {
-        return RunEnded { listener: None, late: left.late, result: Ok(()), replicated };
+        return without(listener, late, Ok(()), replicated);
     }
     if shared.mixed.is_on() {
         match leave_to_locks(&shared, &db).await {
-            Err(error) => return RunEnded { listener: None, late: left.late, result: Err(error), replicated },
+            Err(error) => return without(listener, late, Err(error), replicated),
             // Otherwise nobody takes it up by its lock any more.
-            Ok(()) if shared.mixed.is_on() => {
-                return RunEnded { listener: None, late: left.late, result: Ok(()), replicated };
-            }
+            Ok(()) if shared.mixed.is_on() => return without(listener, late, Ok(()), replicated),
             Ok(()) => {}
         }
     }
-    let loaded = match listener {
-        Some(listener) if is_stale => listener.reload(&shared.tools).await,
-        Some(listener) => Ok(listener),
-        None => Listener::load(&shared.tools, &db, &rules).await,
+    let is_stale = is_stale && listener.is_some();
+    let mut listener = match listener {
+        Some(listener) => listener,
+        None => match Listener::load(&shared.tools, &db, &rules).await {
+            Ok(listener) => listener,
+            Err(error) => return without(None, late, Err(error), replicated),
+        },
     };
-    let mut listener = match loaded {
-        Ok(listener) => listener,
-        Err(error) => return RunEnded { listener: None, late: left.late, result: Err(error), replicated },
-    };
+    if is_stale && let Err(error) = listener.reload(&shared.tools).await {
+        return without(Some(listener), late, Err(error), replicated);
+    }
     listener.meet(instance);
-    listener.leave_by(left.leaving, left.late);
+    listener.leave_by(leaving, late);
     let result = listener.listen(&shared.tools, &rules, seen).await;
     RunEnded { listener: Some(listener), late: Late::default(), result, replicated }
 }

@@ -9,9 +9,14 @@ tests_on! {
     every: [
         a_slow_receiver_delays_no_other_rule_of_its_database,
         a_slow_receiver_of_a_whole_database_in_order_delays_no_other_rule,
+        a_page_that_only_the_slow_rule_wants_delays_no_other_rule,
+        slow_ones_do_not_wait_for_each_other,
         what_is_under_way_at_a_kill_comes_again,
     ],
 }
+
+/// The receivers are slow here, and never too slow.
+const PATIENT: &[(&str, &str)] = &[("WEBHOOK_TIMEOUT", "60s")];
 
 /// Requests at `/slow` wait for the gate.
 fn behind_a_gate(lab: &Lab) -> watch::Sender<bool> {
@@ -46,7 +51,7 @@ async fn others_go_on(lab: &Lab, more: Value) {
     lab.rule("slow", &db, "/slow", more).await;
     lab.rule("quick", &db, "/quick", json!({})).await;
     let gate = behind_a_gate(lab);
-    let _spiegel = lab.spiegel().await;
+    let _spiegel = lab.spiegel_with(PATIENT).await;
     let rev = lab.couch.put(&db, "first", json!({ "n": 0 })).await;
     quick_has(lab, "first", &rev).await;
     eventually(SOON, "the slow one holds it", async || (lab.receiver.count("/slow") == 1).then_some(())).await;
@@ -83,13 +88,55 @@ async fn a_slow_receiver_of_a_whole_database_in_order_delays_no_other_rule(lab: 
     assert!(slow.windows(2).all(|pair| pair[0].answered.unwrap() <= pair[1].arrived), "never two at once");
 }
 
+async fn a_page_that_only_the_slow_rule_wants_delays_no_other_rule(lab: Arc<Lab>) {
+    lab.install().await;
+    let db = lab.create("posts").await;
+    lab.rule("slow", &db, "/slow", json!({ "if": { "type": "^slow$" } })).await;
+    lab.rule("quick", &db, "/quick", json!({ "if": { "type": "^quick$" } })).await;
+    let gate = behind_a_gate(&lab);
+    let _spiegel = lab.spiegel_with(PATIENT).await;
+    for turn in ["a", "b"] {
+        lab.couch.put(&db, &format!("slow_{turn}"), json!({ "type": "slow" })).await;
+        eventually(SOON, "the slow one holds it", async || (lab.receiver.count("/slow") >= 1).then_some(())).await;
+        let id = format!("quick_{turn}");
+        let rev = lab.couch.put(&db, &id, json!({ "type": "quick" })).await;
+        quick_has(&lab, &id, &rev).await;
+    }
+    gate.send(true).unwrap();
+    let all = async || (lab.receiver.delivered("/slow").len() == 2).then_some(());
+    eventually(SOON, "all at the slow receiver", all).await;
+    assert_eq!((lab.receiver.count("/slow"), lab.receiver.count("/quick")), (2, 2), "none twice");
+}
+
+/// Two rules whose receivers both take their time: what comes for one is sent while the other is under way.
+async fn slow_ones_do_not_wait_for_each_other(lab: Arc<Lab>) {
+    lab.install().await;
+    let db = lab.create("posts").await;
+    lab.rule("slow", &db, "/slow", json!({ "if": { "type": "^slow$" } })).await;
+    lab.rule("other", &db, "/other", json!({ "if": { "type": "^other$" } })).await;
+    let gate = behind_a_gate(&lab);
+    lab.receiver.answer("/other", Answer::ok().after(std::time::Duration::from_millis(600)));
+    let _spiegel = lab.spiegel_with(PATIENT).await;
+    lab.couch.put(&db, "slow", json!({ "type": "slow" })).await;
+    eventually(SOON, "the slow one holds it", async || (lab.receiver.count("/slow") >= 1).then_some(())).await;
+    for turn in 1..4 {
+        lab.couch.put(&db, &format!("other{turn}"), json!({ "type": "other" })).await;
+        let came = async || (lab.receiver.delivered("/other").len() == turn).then_some(());
+        eventually(SOON, "the other one's", came).await;
+    }
+    assert_eq!(lab.receiver.count("/slow"), 1);
+    gate.send(true).unwrap();
+    eventually(SOON, "the slow one's", async || (lab.receiver.delivered("/slow").len() == 1).then_some(())).await;
+    assert_eq!((lab.receiver.count("/slow"), lab.receiver.count("/other")), (1, 3), "none twice");
+}
+
 async fn what_is_under_way_at_a_kill_comes_again(lab: Arc<Lab>) {
     lab.install().await;
     let db = lab.create("posts").await;
     lab.rule("slow", &db, "/slow", json!({})).await;
     lab.rule("quick", &db, "/quick", json!({})).await;
     let gate = behind_a_gate(&lab);
-    let mut spiegel = lab.spiegel().await;
+    let mut spiegel = lab.spiegel_with(PATIENT).await;
     for id in ["a", "b", "c"] {
         let rev = lab.couch.put(&db, id, json!({})).await;
         quick_has(&lab, id, &rev).await;
@@ -100,7 +147,7 @@ async fn what_is_under_way_at_a_kill_comes_again(lab: Arc<Lab>) {
     spiegel.kill();
     gate.send(true).unwrap();
     let arrived_before = lab.receiver.count("/slow");
-    let _spiegel = lab.spiegel().await;
+    let _spiegel = lab.spiegel_with(PATIENT).await;
     let again = async || (lab.receiver.count("/slow") >= arrived_before + 3).then_some(());
     eventually(SOON, "all of them again at the slow receiver", again).await;
     let ids: std::collections::BTreeSet<String> = ids_at(&lab, "/slow").into_iter().skip(arrived_before).collect();
