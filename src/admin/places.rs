@@ -91,7 +91,7 @@ impl Listener for BoundedListener {
             let _ = tokio::time::timeout(CONNECTION_AGE_MAX, ended.cancelled()).await;
         };
         let head = Head { is_awaited: true, deadline: Box::pin(tokio::time::sleep(HEAD_MAX)), matched: 0 };
-        (BoundedStream { stream, end: Box::pin(end), head, id, places: self.places.clone() }, peer)
+        (BoundedStream { stream, end: Box::pin(end), has_ended: false, head, id, places: self.places.clone() }, peer)
     }
 
     fn local_addr(&self) -> io::Result<SocketAddr> {
@@ -106,6 +106,7 @@ pub struct BoundedStream {
     head: Head,
     id: u64,
     places: Arc<Places>,
+    has_ended: bool,
 }
 
 struct Head {
@@ -142,8 +143,9 @@ impl Drop for BoundedStream {
 
 impl BoundedStream {
     fn is_over(&mut self, context: &mut Context<'_>) -> bool {
-        self.end.as_mut().poll(context).is_ready()
-            || (self.head.is_awaited && self.head.deadline.as_mut().poll(context).is_ready())
+        // A future that has ended must not be asked again, and the server may.
+        self.has_ended |= !self.has_ended && self.end.as_mut().poll(context).is_ready();
+        self.has_ended || (self.head.is_awaited && self.head.deadline.as_mut().poll(context).is_ready())
     }
 
     fn set_awaited(&mut self) {
