@@ -4,13 +4,13 @@
 //! cannot finish soon. The decisions are in `topology/states.rs`; here are the mailbox, the one timer and the requests.
 
 pub mod attempt;
+mod change;
 pub mod replicator;
 pub mod states;
 pub mod status;
 
 use crate::checkpoints::Checkpoints;
-use crate::job::{Completion, DbName, Piece, timestamp};
-use crate::locks::held::owed;
+use crate::job::{Completion, DbName, Piece};
 use crate::locks::mixed::Mixed;
 use crate::replicate::Progress;
 use crate::rules::catalogue::Snapshot;
@@ -18,6 +18,7 @@ use crate::schedule::backoff::Backoff;
 use crate::telemetry::{Metrics, StateLabels};
 use crate::topology::replicator::Replicator;
 use attempt::{Means, NoRun, result_of};
+use change::{may_clean, owe, write};
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use serde_json::Value;
 use states::{Action, Change, Id, Line, RunFailure, Saved, States};
@@ -320,23 +321,23 @@ impl State {
         let known_rev = self.states.known_rev(&id).cloned().unwrap_or_default();
         let (checkpoints, myself) = (self.arguments.checkpoints.clone(), myself.clone());
         let (saved_id, saved_change) = (id.clone(), change.clone());
+        let mixed = self.arguments.mixed.clone();
         let saving = tokio::spawn(async move {
-            let mut foreign = false;
+            let (mut foreign, mut declined) = (false, false);
             let update = |doc: &mut Value| {
                 if change == Change::Owed {
                     return owe(doc);
                 }
                 foreign = doc["_rev"].as_str() != Some(&*known_rev);
-                if foreign && change == Change::Clean {
+                declined = change == Change::Clean && !may_clean(doc, &known_rev, mixed.is_on());
+                if declined {
                     return false;
                 }
-                write_change(doc, &change, SystemTime::now());
+                write(doc, &change, SystemTime::now());
                 true
             };
             match checkpoints.update(&id, update).await {
-                Ok(Some(doc)) if !(foreign && change == Change::Clean) => {
-                    doc["_rev"].as_str().map(|rev| Saved { rev: rev.to_string(), foreign })
-                }
+                Ok(Some(doc)) if !declined => doc["_rev"].as_str().map(|rev| Saved { rev: rev.to_string(), foreign }),
                 Ok(_) => None,
                 Err(error) => {
                     tracing::error!(id = %id, %error, "cannot write the replicator document");
@@ -438,50 +439,5 @@ impl State {
             let _ = myself.cast(Message::Tick);
         });
         self.timer = Some((at, timer.abort_handle()));
-    }
-}
-
-/// The original's words for what a replicator document says of its work.
-fn write_change(doc: &mut Value, change: &Change, now: SystemTime) {
-    let time = |at: SystemTime| Value::from(timestamp(at));
-    doc["updated_at"] = time(now);
-    match change {
-        Change::Dirty | Change::Owed => {
-            doc["dirty"] = Value::Bool(true);
-            doc["dirty_at"] = Value::Null;
-        }
-        Change::DirtyAt { at, retries, missing } => {
-            doc["dirty"] = Value::Bool(false);
-            doc["dirty_at"] = time(*at);
-            doc["retries"] = Value::from(*retries);
-            match missing {
-                true if doc["possibly_deleted_at"].is_null() => doc["possibly_deleted_at"] = time(now),
-                true => {}
-                false => clear(doc, "possibly_deleted_at"),
-            }
-        }
-        Change::Clean => {
-            doc["dirty"] = Value::Bool(false);
-            // A lock that is left there would keep the original from the next change, and nobody showed himself who could hold it.
-            for field in ["dirty_at", "retries", "possibly_deleted_at", "locked_at"] {
-                clear(doc, field);
-            }
-        }
-    }
-}
-
-fn owe(doc: &mut Value) -> bool {
-    match owed(doc, SystemTime::now()) {
-        Some(written) => {
-            *doc = written;
-            true
-        }
-        None => false,
-    }
-}
-
-fn clear(doc: &mut Value, field: &str) {
-    if let Some(value) = doc.get_mut(field) {
-        *value = Value::Null;
     }
 }

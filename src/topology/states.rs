@@ -208,7 +208,12 @@ impl States {
         entry.cannot_run = false;
         entry.known_rev = replicator.rev.clone();
         let durable_before = std::mem::replace(&mut entry.durable, replicator.dirty || replicator.dirty_at.is_some());
-        match (replicator.dirty, replicator.dirty_at, &entry.phase) {
+        match (replicator.dirty, replicator.dirty_at, &mut entry.phase) {
+            // Not seen by the run under way: its end settles what it began with, and not this.
+            (true, _, Phase::Running { again }) | (_, Some(_), Phase::Running { again }) if self.by_locks => {
+                *again = true;
+                Vec::new()
+            }
             (true, ..) | (_, Some(_), _) if self.by_locks => Vec::new(),
             (true, _, _) => self.run_soon(id, None),
             // The run under way will settle the document; what somebody else wants then is one more run.
@@ -663,6 +668,25 @@ mod tests {
         states.document(&id(), &doc("r", "1-a", json!({ "dirty": false, "dirty_at": "2200-01-01T00:00:00Z" })));
         assert_eq!((states.next_due(), states.by_locks(false).len()), (None, 0));
         assert!(states.next_due().is_some(), "it has a time");
+    }
+
+    #[test]
+    fn by_locks_what_others_say_during_a_run_is_not_settled_by_its_end() {
+        let now = SystemTime::now();
+        let lock = json!("2026-01-01T00:00:00Z");
+        let cases = [
+            (json!({ "dirty": true }), vec!["start"]),
+            (json!({ "dirty": true, "locked_at": lock }), vec!["start"]),
+            (json!({ "dirty": false, "dirty_at": "2200-01-01T00:00:00Z" }), vec!["start"]),
+            (json!({ "dirty": false }), vec![]),
+        ];
+        for (said, expected) in cases {
+            let mut states = States::default();
+            states.document(&id(), &doc("r", "1-a", json!({})));
+            states.by_locks(true);
+            assert!(states.document(&id(), &doc("r", "2-theirs", said.clone())).is_empty(), "{said}");
+            assert_eq!(kinds(&states.run_ended(now, &id(), Ok(()), |_| BACKOFF)), expected, "{said}");
+        }
     }
 
     #[test]
