@@ -174,7 +174,7 @@ impl Actor for Workers {
         }
         Ok(State {
             board: Board::new(&shared.me, shared.settings.clone(), arguments.places),
-            coexistence: Coexistence::default(),
+            coexistence: Coexistence::of(&arguments.mixed, Instant::now()),
             arguments,
             jobs: HashMap::new(),
             tasks,
