@@ -197,11 +197,12 @@ pub fn retries(doc: &Value) -> u32 {
     u32::try_from(doc["retries"].as_u64().unwrap_or_default()).unwrap_or(u32::MAX)
 }
 
-/// What an update-listener writes into a document whose database changed; None where it says so already and nobody is at
-/// work on it.
+/// What is written into a document that is owed work; None where it says so already, by a time that is to come as well, and
+/// nobody is at work on it.
 pub fn owed(doc: &Value, now: SystemTime) -> Option<Value> {
     let is_free = lock_of(doc, "").is_none();
-    if is_dirty(doc) && is_free {
+    // What backs off waits for its time, however often its source changes.
+    if is_free && (is_dirty(doc) || due_at(doc).is_some_and(|at| at > now)) {
         return None;
     }
     let mut doc = doc.clone();
