@@ -22,6 +22,7 @@ tests_on! {
         a_lost_lock_is_neither_cleaned_nor_taken_back,
         what_fails_backs_off_by_dirty_at,
         a_rule_that_waits_gives_up,
+        what_an_invalid_rule_may_want_is_not_cleaned_away,
         what_is_missing_is_forgotten_after_a_while,
         an_orderly_stop_leaves_it_dirty_and_unlocked,
         nothing_is_lost_by_kills_of_many_processes,
@@ -290,6 +291,23 @@ async fn a_rule_that_waits_gives_up(lab: Arc<Lab>) {
     eventually(SOON, "it is tried again", again).await;
     assert_eq!(doc(&lab, &strict).await["failing"]["strict"][0]["since"], first["since"], "the clock goes on through a kill");
     assert!(!lab.receiver.delivered("/strict").contains_key("c"), "nobody said how long");
+}
+
+async fn what_an_invalid_rule_may_want_is_not_cleaned_away(lab: Arc<Lab>) {
+    lab.install().await;
+    let db = lab.create("db").await;
+    lab.couch.fill(&db, "d", 3).await;
+    lab.rule("rule", &db, "/hook", json!({ "order": "nonsense" })).await;
+    let _worker = worker(&lab, "change-listener", &[]).await;
+    dirty_listener(&lab, &db).await;
+    let waits = async || {
+        let doc = doc(&lab, &listener_id(&db)).await;
+        (doc["dirty"] == json!(false) && doc["dirty_at"].is_string() && doc["locked_at"].is_null()).then_some(())
+    };
+    eventually(SOON, "it waits", waits).await;
+    change(&lab, "rule", json!({ "order": "database" })).await;
+    eventually(SOON, "all are delivered", async || (lab.receiver.delivered("/hook").len() == 3).then_some(())).await;
+    settles(&lab, &listener_id(&db)).await;
 }
 
 async fn what_is_missing_is_forgotten_after_a_while(lab: Arc<Lab>) {
