@@ -10,6 +10,7 @@ pub mod states;
 pub mod status;
 
 use crate::checkpoints::Checkpoints;
+use crate::couch::Couch;
 use crate::job::{Completion, DbName, Piece};
 use crate::locks::mixed::Mixed;
 use crate::replicate::Progress;
@@ -17,7 +18,7 @@ use crate::rules::catalogue::Snapshot;
 use crate::schedule::backoff::Backoff;
 use crate::telemetry::{Metrics, StateLabels};
 use crate::topology::replicator::Replicator;
-use attempt::{Means, NoRun, result_of};
+use attempt::{Means, NoRun, ended_of};
 use change::{may_clean, owe, write};
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use serde_json::Value;
@@ -88,6 +89,7 @@ const COUNT_EACH: Duration = Duration::from_secs(5);
 pub struct Topology;
 
 pub struct Arguments {
+    pub couch: Couch,
     pub snapshot: watch::Receiver<Arc<Snapshot>>,
     pub checkpoints: Checkpoints,
     pub means: Means,
@@ -311,7 +313,8 @@ impl State {
             Err(NoRun::Never { error }) => return drop(myself.cast(Message::CannotRun { id, error })),
         };
         self.states.asked_for(&id, progress);
-        tokio::spawn(async move { ended(result_of(outcome).await) });
+        let couch = self.arguments.couch.clone();
+        tokio::spawn(async move { ended(ended_of(&couch, &replicator, outcome).await) });
     }
 
     /// Starts the write at the head of a document's queue; it stays there until it is confirmed.

@@ -118,8 +118,7 @@ impl Held {
         }
         if let End::Missing { .. } = end
             && !self.is_dirtied
-            && let Some(since) = time_of(&self.doc["possibly_deleted_at"])
-            && now.duration_since(since).unwrap_or_default() >= settings.assume_deleted_after
+            && is_long_gone(&self.doc, now, settings)
         {
             let text = |field: &str| self.doc[field].as_str().unwrap_or_default().to_string();
             return Last::Delete { id: text("_id"), rev: text("_rev") };
@@ -214,13 +213,19 @@ pub fn owed(doc: &Value, now: SystemTime) -> Option<Value> {
     Some(doc)
 }
 
+/// Whether what it is about has been missing for long enough to be forgotten.
+pub fn is_long_gone(doc: &Value, now: SystemTime, settings: &Settings) -> bool {
+    let since = time_of(&doc["possibly_deleted_at"]);
+    since.is_some_and(|since| now.duration_since(since).unwrap_or_default() >= settings.assume_deleted_after)
+}
+
 /// When to look again for a database that is missing: soon at first, because a node may lag, and in the end once it may be
 /// forgotten.
 pub fn look_for_missing(doc: &Value, now: SystemTime, backoff: Duration, settings: &Settings) -> SystemTime {
     let since = time_of(&doc["possibly_deleted_at"]).unwrap_or(now);
     let forgotten_at = since + settings.assume_deleted_after;
-    match due_at(doc) {
-        _ if forgotten_at <= now => now + backoff,
-        _ => (now + backoff).min(forgotten_at),
+    match forgotten_at <= now {
+        true => now + backoff,
+        false => (now + backoff).min(forgotten_at),
     }
 }

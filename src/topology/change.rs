@@ -21,11 +21,11 @@ pub fn write(doc: &mut Value, change: &Change, now: SystemTime) {
             doc["dirty"] = Value::Bool(true);
             doc["dirty_at"] = Value::Null;
         }
-        Change::DirtyAt { at, retries, missing } => {
+        Change::DirtyAt { at, retries, is_source_gone } => {
             doc["dirty"] = Value::Bool(false);
             doc["dirty_at"] = time(*at);
             doc["retries"] = Value::from(*retries);
-            match missing {
+            match is_source_gone {
                 true if doc["possibly_deleted_at"].is_null() => doc["possibly_deleted_at"] = time(now),
                 true => {}
                 false => clear(doc, "possibly_deleted_at"),
@@ -63,6 +63,22 @@ fn clear(doc: &mut Value, field: &str) {
 mod tests {
     use super::*;
     use serde_json::json;
+
+    #[test]
+    fn only_a_source_that_is_gone_makes_it_forgotten_one_day() {
+        let (now, long_ago) = (SystemTime::UNIX_EPOCH, json!("2020-01-01T00:00:00.000Z"));
+        for (before, is_source_gone, expected) in [
+            (json!(null), true, json!(timestamp(now))),
+            (long_ago.clone(), true, long_ago.clone()),
+            (json!(null), false, json!(null)),
+            (long_ago, false, json!(null)),
+        ] {
+            let mut doc = json!({ "dirty": true, "possibly_deleted_at": before });
+            write(&mut doc, &Change::DirtyAt { at: now, retries: 3, is_source_gone }, now);
+            assert_eq!(doc["possibly_deleted_at"], expected, "{doc} {is_source_gone}");
+            assert_eq!((&doc["dirty"], &doc["dirty_at"], &doc["retries"]), (&json!(false), &json!(timestamp(now)), &json!(3)));
+        }
+    }
 
     #[test]
     fn what_others_lock_is_not_settled_by_a_run_without_a_lock() {

@@ -36,7 +36,7 @@ pub enum Change {
     /// Due now, where the document does not say so already; somebody else may take it.
     Owed,
     /// Due at that time, after so many failures.
-    DirtyAt { at: SystemTime, retries: u32, missing: bool },
+    DirtyAt { at: SystemTime, retries: u32, is_source_gone: bool },
     /// Settled, unless the document changed since the known revision.
     Clean,
 }
@@ -54,6 +54,8 @@ pub struct RunFailure {
     pub error: String,
     /// The source or the target does not exist.
     pub missing: bool,
+    /// It is the source, on the watched server: nothing is left to bring.
+    pub is_source_gone: bool,
     pub after: Option<Duration>,
 }
 
@@ -224,7 +226,7 @@ impl States {
             }
             // Somebody wrote over what made the waiting work durable.
             (false, None, Phase::Waiting { until }) if durable_before => {
-                let change = Change::DirtyAt { at: *until, retries: entry.retries, missing: false };
+                let change = Change::DirtyAt { at: *until, retries: entry.retries, is_source_gone: false };
                 vec![save(id, entry, change, Vec::new())]
             }
             (false, None, _) => Vec::new(),
@@ -332,7 +334,8 @@ impl States {
                 entry.retries = entry.retries.saturating_add(1);
                 let mut pieces = std::mem::take(&mut entry.waiters);
                 pieces.append(&mut entry.next_waiters);
-                let change = Change::DirtyAt { at: now + retry_in, retries: entry.retries, missing: failure.missing };
+                let is_source_gone = failure.is_source_gone;
+                let change = Change::DirtyAt { at: now + retry_in, retries: entry.retries, is_source_gone };
                 let mut actions = vec![save(id, entry, change, pieces)];
                 if entry.retries == 1 {
                     let line = Line::Failing { error: failure.error, retry_in, missing: failure.missing };
@@ -417,7 +420,7 @@ impl States {
                 // Again, although it may be durable: the run's end settles only what the document says by then.
                 Phase::Running { again } if again || !entry.is_durable() => Some(Change::Dirty),
                 Phase::Waiting { until } if !entry.is_durable() => {
-                    Some(Change::DirtyAt { at: until, retries: entry.retries, missing: false })
+                    Some(Change::DirtyAt { at: until, retries: entry.retries, is_source_gone: false })
                 }
                 _ => None,
             };
@@ -610,7 +613,7 @@ mod tests {
     }
 
     fn failure() -> RunFailure {
-        RunFailure { error: String::from("no"), missing: false, after: None }
+        RunFailure { error: String::from("no"), missing: false, is_source_gone: false, after: None }
     }
 
     /// Confirms the saves among the actions, as CouchDB would.
