@@ -329,6 +329,7 @@ impl State {
             }
             Child::Topology => {
                 let arguments = topology::Arguments {
+                    couch: couch.clone(),
                     snapshot: publish.subscribe(),
                     checkpoints: needed(&self.built.checkpoints)?,
                     means: self.replication_means()?,

@@ -4,20 +4,22 @@
 //! cannot finish soon. The decisions are in `topology/states.rs`; here are the mailbox, the one timer and the requests.
 
 pub mod attempt;
+mod change;
 pub mod replicator;
 pub mod states;
 pub mod status;
 
 use crate::checkpoints::Checkpoints;
-use crate::job::{Completion, DbName, Piece, timestamp};
-use crate::locks::held::owed;
+use crate::couch::Couch;
+use crate::job::{Completion, DbName, Piece};
 use crate::locks::mixed::Mixed;
 use crate::replicate::Progress;
 use crate::rules::catalogue::Snapshot;
 use crate::schedule::backoff::Backoff;
 use crate::telemetry::{Metrics, StateLabels};
 use crate::topology::replicator::Replicator;
-use attempt::{Means, NoRun, result_of};
+use attempt::{Means, NoRun, ended_of};
+use change::{may_clean, owe, write};
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use serde_json::Value;
 use states::{Action, Change, Id, Line, RunFailure, Saved, States};
@@ -87,6 +89,7 @@ const COUNT_EACH: Duration = Duration::from_secs(5);
 pub struct Topology;
 
 pub struct Arguments {
+    pub couch: Couch,
     pub snapshot: watch::Receiver<Arc<Snapshot>>,
     pub checkpoints: Checkpoints,
     pub means: Means,
@@ -310,7 +313,8 @@ impl State {
             Err(NoRun::Never { error }) => return drop(myself.cast(Message::CannotRun { id, error })),
         };
         self.states.asked_for(&id, progress);
-        tokio::spawn(async move { ended(result_of(outcome).await) });
+        let couch = self.arguments.couch.clone();
+        tokio::spawn(async move { ended(ended_of(&couch, &replicator, outcome).await) });
     }
 
     /// Starts the write at the head of a document's queue; it stays there until it is confirmed.
@@ -320,23 +324,23 @@ impl State {
         let known_rev = self.states.known_rev(&id).cloned().unwrap_or_default();
         let (checkpoints, myself) = (self.arguments.checkpoints.clone(), myself.clone());
         let (saved_id, saved_change) = (id.clone(), change.clone());
+        let mixed = self.arguments.mixed.clone();
         let saving = tokio::spawn(async move {
-            let mut foreign = false;
+            let (mut foreign, mut declined) = (false, false);
             let update = |doc: &mut Value| {
                 if change == Change::Owed {
                     return owe(doc);
                 }
                 foreign = doc["_rev"].as_str() != Some(&*known_rev);
-                if foreign && change == Change::Clean {
+                declined = change == Change::Clean && !may_clean(doc, &known_rev, mixed.is_on());
+                if declined {
                     return false;
                 }
-                write_change(doc, &change, SystemTime::now());
+                write(doc, &change, SystemTime::now());
                 true
             };
             match checkpoints.update(&id, update).await {
-                Ok(Some(doc)) if !(foreign && change == Change::Clean) => {
-                    doc["_rev"].as_str().map(|rev| Saved { rev: rev.to_string(), foreign })
-                }
+                Ok(Some(doc)) if !declined => doc["_rev"].as_str().map(|rev| Saved { rev: rev.to_string(), foreign }),
                 Ok(_) => None,
                 Err(error) => {
                     tracing::error!(id = %id, %error, "cannot write the replicator document");
@@ -438,50 +442,5 @@ impl State {
             let _ = myself.cast(Message::Tick);
         });
         self.timer = Some((at, timer.abort_handle()));
-    }
-}
-
-/// The original's words for what a replicator document says of its work.
-fn write_change(doc: &mut Value, change: &Change, now: SystemTime) {
-    let time = |at: SystemTime| Value::from(timestamp(at));
-    doc["updated_at"] = time(now);
-    match change {
-        Change::Dirty | Change::Owed => {
-            doc["dirty"] = Value::Bool(true);
-            doc["dirty_at"] = Value::Null;
-        }
-        Change::DirtyAt { at, retries, missing } => {
-            doc["dirty"] = Value::Bool(false);
-            doc["dirty_at"] = time(*at);
-            doc["retries"] = Value::from(*retries);
-            match missing {
-                true if doc["possibly_deleted_at"].is_null() => doc["possibly_deleted_at"] = time(now),
-                true => {}
-                false => clear(doc, "possibly_deleted_at"),
-            }
-        }
-        Change::Clean => {
-            doc["dirty"] = Value::Bool(false);
-            // A lock that is left there would keep the original from the next change, and nobody showed himself who could hold it.
-            for field in ["dirty_at", "retries", "possibly_deleted_at", "locked_at"] {
-                clear(doc, field);
-            }
-        }
-    }
-}
-
-fn owe(doc: &mut Value) -> bool {
-    match owed(doc, SystemTime::now()) {
-        Some(written) => {
-            *doc = written;
-            true
-        }
-        None => false,
-    }
-}
-
-fn clear(doc: &mut Value, field: &str) {
-    if let Some(value) = doc.get_mut(field) {
-        *value = Value::Null;
     }
 }

@@ -174,7 +174,7 @@ impl Actor for Workers {
         }
         Ok(State {
             board: Board::new(&shared.me, shared.settings.clone(), arguments.places),
-            coexistence: Coexistence::default(),
+            coexistence: Coexistence::of(&arguments.mixed, Instant::now()),
             arguments,
             jobs: HashMap::new(),
             tasks,
@@ -194,7 +194,10 @@ impl Actor for Workers {
                 let _ = told.send(());
             }
             Message::Begin => state.board.begin(age),
-            Message::Following(is_open) => drop(state.arguments.metrics.workers_connected.set(i64::from(is_open))),
+            Message::Following(is_open) => {
+                state.board.following(is_open);
+                state.arguments.metrics.workers_connected.set(i64::from(is_open));
+            }
             Message::WasDeaf => state.board.was_deaf(age),
             Message::JobEnded { id, end } => {
                 state.jobs.remove(&id);
@@ -203,6 +206,10 @@ impl Actor for Workers {
                     JobEnd::Unknown => state.board.ended(&id, None, now, age),
                     JobEnd::Gone => state.board.deleted(&id),
                     JobEnd::Wait(wait) => state.board.wait(&id, age + wait, age),
+                    JobEnd::Deaf(wait) => {
+                        state.board.was_deaf(age);
+                        state.board.wait(&id, age + wait, age);
+                    }
                     JobEnd::HoldOff(wait) => state.board.hold_off(&id, age + wait, age),
                 }
             }

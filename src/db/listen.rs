@@ -472,6 +472,7 @@ impl Listener {
     /// Writes what is known here into the document of a lock.
     pub fn store(&self, doc: &mut Map<String, Value>) {
         self.positions.store(doc);
+        self.failing.store(doc);
         known::forget(doc);
         if let Some(instance) = &self.instance_start_time {
             doc.insert(String::from("instance_start_time"), Value::from(instance.as_str()));

@@ -95,7 +95,8 @@ impl Positions {
             };
             positions.place(rule, since);
         }
-        let due = doc.and_then(|doc| doc.get("dirty_at")).and_then(Value::as_str);
+        // Of a database that was missing, it is when to look for it again, and no failure.
+        let due = doc.filter(|doc| doc["possibly_deleted_at"].is_null()).and_then(|doc| doc["dirty_at"].as_str());
         if let Some(until) = due.and_then(|text| humantime::parse_rfc3339(text).ok()) {
             let retries = doc.and_then(|doc| doc.get("retries")).and_then(Value::as_u64).unwrap_or(0);
             let base = positions.base.clone();

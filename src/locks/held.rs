@@ -118,8 +118,7 @@ impl Held {
         }
         if let End::Missing { .. } = end
             && !self.is_dirtied
-            && let Some(since) = time_of(&self.doc["possibly_deleted_at"])
-            && now.duration_since(since).unwrap_or_default() >= settings.assume_deleted_after
+            && is_long_gone(&self.doc, now, settings)
         {
             let text = |field: &str| self.doc[field].as_str().unwrap_or_default().to_string();
             return Last::Delete { id: text("_id"), rev: text("_rev") };
@@ -197,11 +196,12 @@ pub fn retries(doc: &Value) -> u32 {
     u32::try_from(doc["retries"].as_u64().unwrap_or_default()).unwrap_or(u32::MAX)
 }
 
-/// What an update-listener writes into a document whose database changed; None where it says so already and nobody is at
-/// work on it.
+/// What is written into a document that is owed work; None where it says so already, by a time that is to come as well, and
+/// nobody is at work on it.
 pub fn owed(doc: &Value, now: SystemTime) -> Option<Value> {
     let is_free = lock_of(doc, "").is_none();
-    if is_dirty(doc) && is_free {
+    // What backs off waits for its time, however often its source changes.
+    if is_free && (is_dirty(doc) || due_at(doc).is_some_and(|at| at > now)) {
         return None;
     }
     let mut doc = doc.clone();
@@ -213,13 +213,19 @@ pub fn owed(doc: &Value, now: SystemTime) -> Option<Value> {
     Some(doc)
 }
 
+/// Whether what it is about has been missing for long enough to be forgotten.
+pub fn is_long_gone(doc: &Value, now: SystemTime, settings: &Settings) -> bool {
+    let since = time_of(&doc["possibly_deleted_at"]);
+    since.is_some_and(|since| now.duration_since(since).unwrap_or_default() >= settings.assume_deleted_after)
+}
+
 /// When to look again for a database that is missing: soon at first, because a node may lag, and in the end once it may be
 /// forgotten.
 pub fn look_for_missing(doc: &Value, now: SystemTime, backoff: Duration, settings: &Settings) -> SystemTime {
     let since = time_of(&doc["possibly_deleted_at"]).unwrap_or(now);
     let forgotten_at = since + settings.assume_deleted_after;
-    match due_at(doc) {
-        _ if forgotten_at <= now => now + backoff,
-        _ => (now + backoff).min(forgotten_at),
+    match forgotten_at <= now {
+        true => now + backoff,
+        false => (now + backoff).min(forgotten_at),
     }
 }

@@ -290,7 +290,11 @@ fn what_an_update_listener_writes() {
         (json!({ "dirty": true }), json!({}), false),
         (json!({}), json!({}), false),
         (json!({ "dirty": false }), json!({}), true),
-        (json!({ "dirty": false, "dirty_at": text(5000) }), json!({}), true),
+        // It backs off.
+        (json!({ "dirty": false, "dirty_at": text(5000), "retries": 3 }), json!({}), false),
+        (json!({ "dirty": false, "dirty_at": text(999) }), json!({}), true),
+        (json!({ "dirty": false, "dirty_at": "tomorrow" }), json!({}), true),
+        (json!({ "dirty": false, "dirty_at": text(5000) }), locked("other", 1), true),
         (json!({ "dirty": true }), locked("other", 1), true),
         (json!({ "dirty": true, "locked_at": text(1) }), json!({}), true),
     ] {

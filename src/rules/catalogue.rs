@@ -119,6 +119,11 @@ impl Snapshot {
         self.invalid_rules.contains(id)
     }
 
+    /// Whether there are any such: nobody knows which databases they are for.
+    pub fn has_invalid_rules(&self) -> bool {
+        !self.invalid_rules.is_empty()
+    }
+
     /// Equal for equal rules and replicators, of one build of the program.
     pub fn rules_hash(&self) -> String {
         let replicators = &self.replicators.by_source;

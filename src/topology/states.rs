@@ -36,7 +36,7 @@ pub enum Change {
     /// Due now, where the document does not say so already; somebody else may take it.
     Owed,
     /// Due at that time, after so many failures.
-    DirtyAt { at: SystemTime, retries: u32, missing: bool },
+    DirtyAt { at: SystemTime, retries: u32, is_source_gone: bool },
     /// Settled, unless the document changed since the known revision.
     Clean,
 }
@@ -54,6 +54,8 @@ pub struct RunFailure {
     pub error: String,
     /// The source or the target does not exist.
     pub missing: bool,
+    /// It is the source, on the watched server: nothing is left to bring.
+    pub is_source_gone: bool,
     pub after: Option<Duration>,
 }
 
@@ -208,7 +210,12 @@ impl States {
         entry.cannot_run = false;
         entry.known_rev = replicator.rev.clone();
         let durable_before = std::mem::replace(&mut entry.durable, replicator.dirty || replicator.dirty_at.is_some());
-        match (replicator.dirty, replicator.dirty_at, &entry.phase) {
+        match (replicator.dirty, replicator.dirty_at, &mut entry.phase) {
+            // Not seen by the run under way: its end settles what it began with, and not this.
+            (true, _, Phase::Running { again }) | (_, Some(_), Phase::Running { again }) if self.by_locks => {
+                *again = true;
+                Vec::new()
+            }
             (true, ..) | (_, Some(_), _) if self.by_locks => Vec::new(),
             (true, _, _) => self.run_soon(id, None),
             // The run under way will settle the document; what somebody else wants then is one more run.
@@ -219,7 +226,7 @@ impl States {
             }
             // Somebody wrote over what made the waiting work durable.
             (false, None, Phase::Waiting { until }) if durable_before => {
-                let change = Change::DirtyAt { at: *until, retries: entry.retries, missing: false };
+                let change = Change::DirtyAt { at: *until, retries: entry.retries, is_source_gone: false };
                 vec![save(id, entry, change, Vec::new())]
             }
             (false, None, _) => Vec::new(),
@@ -327,7 +334,8 @@ impl States {
                 entry.retries = entry.retries.saturating_add(1);
                 let mut pieces = std::mem::take(&mut entry.waiters);
                 pieces.append(&mut entry.next_waiters);
-                let change = Change::DirtyAt { at: now + retry_in, retries: entry.retries, missing: failure.missing };
+                let is_source_gone = failure.is_source_gone;
+                let change = Change::DirtyAt { at: now + retry_in, retries: entry.retries, is_source_gone };
                 let mut actions = vec![save(id, entry, change, pieces)];
                 if entry.retries == 1 {
                     let line = Line::Failing { error: failure.error, retry_in, missing: failure.missing };
@@ -412,7 +420,7 @@ impl States {
                 // Again, although it may be durable: the run's end settles only what the document says by then.
                 Phase::Running { again } if again || !entry.is_durable() => Some(Change::Dirty),
                 Phase::Waiting { until } if !entry.is_durable() => {
-                    Some(Change::DirtyAt { at: until, retries: entry.retries, missing: false })
+                    Some(Change::DirtyAt { at: until, retries: entry.retries, is_source_gone: false })
                 }
                 _ => None,
             };
@@ -605,7 +613,7 @@ mod tests {
     }
 
     fn failure() -> RunFailure {
-        RunFailure { error: String::from("no"), missing: false, after: None }
+        RunFailure { error: String::from("no"), missing: false, is_source_gone: false, after: None }
     }
 
     /// Confirms the saves among the actions, as CouchDB would.
@@ -663,6 +671,25 @@ mod tests {
         states.document(&id(), &doc("r", "1-a", json!({ "dirty": false, "dirty_at": "2200-01-01T00:00:00Z" })));
         assert_eq!((states.next_due(), states.by_locks(false).len()), (None, 0));
         assert!(states.next_due().is_some(), "it has a time");
+    }
+
+    #[test]
+    fn by_locks_what_others_say_during_a_run_is_not_settled_by_its_end() {
+        let now = SystemTime::now();
+        let lock = json!("2026-01-01T00:00:00Z");
+        let cases = [
+            (json!({ "dirty": true }), vec!["start"]),
+            (json!({ "dirty": true, "locked_at": lock }), vec!["start"]),
+            (json!({ "dirty": false, "dirty_at": "2200-01-01T00:00:00Z" }), vec!["start"]),
+            (json!({ "dirty": false }), vec![]),
+        ];
+        for (said, expected) in cases {
+            let mut states = States::default();
+            states.document(&id(), &doc("r", "1-a", json!({})));
+            states.by_locks(true);
+            assert!(states.document(&id(), &doc("r", "2-theirs", said.clone())).is_empty(), "{said}");
+            assert_eq!(kinds(&states.run_ended(now, &id(), Ok(()), |_| BACKOFF)), expected, "{said}");
+        }
     }
 
     #[test]

@@ -50,6 +50,8 @@ pub struct Board {
     me: String,
     settings: Settings,
     places: usize,
+    /// While nobody tells us of new revisions, an unchanged one says nothing.
+    is_following: bool,
     entries: HashMap<Id, Entry>,
     ready: [VecDeque<Id>; 2],
     in_hand: [usize; 2],
@@ -86,6 +88,7 @@ impl Board {
             me: me.to_string(),
             settings,
             places,
+            is_following: false,
             entries: HashMap::new(),
             ready: Default::default(),
             in_hand: [0; 2],
@@ -100,7 +103,17 @@ impl Board {
         self.ready = Default::default();
         self.by_clock.clear();
         self.by_age.clear();
+        self.is_following = false;
         self.was_deaf(age);
+    }
+
+    /// Whether the feed is open.
+    pub fn following(&mut self, is_open: bool) {
+        self.is_following = is_open;
+    }
+
+    fn unchanged_for(&self, since: Instant, age: Instant) -> Duration {
+        if self.is_following { age.saturating_duration_since(since) } else { Duration::ZERO }
     }
 
     /// What a document says now, as the feed tells. True where it is in our hands and has conflicts.
@@ -150,7 +163,7 @@ impl Board {
     fn look(&mut self, id: Id, kind: Kind, doc: Value, now: SystemTime, age: Instant) {
         let rev = doc["_rev"].as_str().unwrap_or_default().to_string();
         let since = self.entries.get(&id).filter(|entry| entry.rev == rev).map_or(age, |entry| entry.since);
-        let unchanged_for = age.saturating_duration_since(since);
+        let unchanged_for = self.unchanged_for(since, age);
         let known = Known { me: &self.me, unchanged_for, settings: &self.settings };
         let next = match has_conflicts(&doc) {
             true => Next::Take,
@@ -194,10 +207,11 @@ impl Board {
             while self.in_hand[lane] < self.places
                 && let Some(id) = self.ready[lane].pop_front()
             {
+                let is_following = self.is_following;
                 let Some(entry) = self.entries.get_mut(&id).filter(|entry| entry.phase == Phase::Ready) else { continue };
                 entry.phase = Phase::InHand;
                 self.in_hand[lane] += 1;
-                let unchanged_for = age.saturating_duration_since(entry.since);
+                let unchanged_for = if is_following { age.saturating_duration_since(entry.since) } else { Duration::ZERO };
                 return Some(Start { id, kind: entry.kind, rev: entry.rev.clone(), doc: entry.doc.take(), unchanged_for });
             }
         }
@@ -274,6 +288,8 @@ impl Board {
                 self.enter(id, Entry { kind, rev, since: age, phase: Phase::After(at), doc: None, not_before: None });
             }
         }
+        // What is ready by now, or in our hands, is not older by what nobody heard either.
+        self.entries.values_mut().for_each(|entry| entry.since = age);
     }
 
     /// How long until something comes to its time.
@@ -307,7 +323,9 @@ mod tests {
             stale_after: Duration::from_secs(60),
             assume_deleted_after: Duration::from_secs(300),
         };
-        Board::new("me", settings, places)
+        let mut board = Board::new("me", settings, places);
+        board.following(true);
+        board
     }
 
     fn doc(id: &str, rev: &str, more: Value) -> Value {
@@ -408,6 +426,26 @@ mod tests {
         board.tick(NOW, heard + Duration::from_secs(60));
         let start = board.start(heard + Duration::from_secs(60)).unwrap();
         assert_eq!(start.unchanged_for, Duration::from_secs(60));
+    }
+
+    #[test]
+    fn what_ripens_while_nobody_hears_is_not_dead() {
+        let minute = Duration::from_secs(60);
+        for (is_open, was_deaf, expected) in [(true, false, minute), (true, true, Duration::ZERO), (false, false, Duration::ZERO)]
+        {
+            let (mut board, age) = (board(9), Instant::now());
+            board.row(doc("locked", "1-x", locked("other")), NOW, age);
+            board.following(is_open);
+            board.tick(NOW, age + minute);
+            if was_deaf {
+                board.was_deaf(age + minute);
+            }
+            let start = board.start(age + minute).unwrap();
+            assert_eq!(start.unchanged_for, expected, "{is_open} {was_deaf}");
+            board.ended(&start.id, Some(doc("locked", "1-x", locked("other"))), NOW, age + minute);
+            let left = board.next_due(NOW, age + minute);
+            assert_eq!(left, expected.is_zero().then_some(minute), "{is_open} {was_deaf}");
+        }
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Whether others are at work in the same spiegel database (pure).
 
+use crate::locks::mixed::Mixed;
 use crate::locks::sign::{OwnRevs, Sign, sign};
 use serde_json::Value;
 use std::collections::VecDeque;
@@ -20,6 +21,11 @@ const SUSPECTS_MAX: usize = 1000;
 const ALONE_AFTER: Duration = Duration::from_secs(600);
 
 impl Coexistence {
+    /// Where work is taken by locks already, others were seen before a crash of whoever knew of them.
+    pub fn of(mixed: &Mixed, age: Instant) -> Self {
+        Self { last_sign: (mixed.is_on() && !mixed.is_fixed()).then_some(age), suspects: VecDeque::new() }
+    }
+
     pub fn row(&mut self, doc: &Value, me: &str, own: &OwnRevs, age: Instant) {
         let (id, rev) = (doc["_id"].as_str().unwrap_or_default(), doc["_rev"].as_str().unwrap_or_default());
         match sign(doc, me) {
@@ -85,6 +91,18 @@ mod tests {
         own.wrote("d", "3-a");
         coexistence.row(&row("3-a", json!({ "locked_at": 5 })), "me", &own, age);
         assert!(coexistence.is_alone(&own, seen + ALONE_AFTER));
+    }
+
+    #[test]
+    fn a_rebuild_among_others_does_not_forget_them() {
+        let (own, age) = (OwnRevs::default(), Instant::now());
+        for (is_on, is_alone) in [(false, true), (true, false)] {
+            let mixed = Mixed::auto();
+            mixed.set(is_on);
+            let mut coexistence = Coexistence::of(&mixed, age);
+            assert_eq!(coexistence.is_alone(&own, age), is_alone, "{is_on}");
+            assert!(coexistence.is_alone(&own, age + ALONE_AFTER), "and does not wait for ever for one who is gone");
+        }
     }
 
     #[test]

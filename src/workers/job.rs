@@ -34,6 +34,8 @@ pub enum JobEnd {
     Unknown,
     /// Nothing can be done before.
     Wait(Duration),
+    /// As `Wait`; CouchDB did not answer before, so nobody could be heard.
+    Deaf(Duration),
     /// As `Wait`, whatever anybody writes meanwhile.
     HoldOff(Duration),
 }
@@ -74,11 +76,14 @@ impl Job {
 
     async fn look(&self, start: Start) -> Result<JobEnd, CouchError> {
         let Shared { couch, checkpoints, me, settings, .. } = &*self.shared;
+        // Nobody could renew a lock meanwhile.
+        let was_down = !couch.health().is_up();
         couch.health().up().await;
+        let unchanged_for = if was_down { Duration::ZERO } else { start.unchanged_for };
         let (doc, unchanged_for) = match start.doc {
-            Some(doc) => (doc, start.unchanged_for),
+            Some(doc) => (doc, unchanged_for),
             None => match self.read(&start.id).await? {
-                Some(doc) if doc["_rev"] == *start.rev => (doc, start.unchanged_for),
+                Some(doc) if doc["_rev"] == *start.rev => (doc, unchanged_for),
                 Some(doc) => (doc, Duration::ZERO),
                 None => return Ok(JobEnd::Gone),
             },
@@ -96,6 +101,7 @@ impl Job {
                 Ok(WriteResult::Refused { .. }) => JobEnd::Wait(REFUSED_FOR),
                 _ => JobEnd::Unknown,
             }),
+            Next::After(wait) if was_down => Ok(JobEnd::Deaf(wait)),
             Next::Nothing | Next::At(_) | Next::After(_) => Ok(JobEnd::Is(doc)),
         }
     }

@@ -5,22 +5,24 @@ use crate::db::listen::{ListenError, Listener, Tools};
 use crate::job::DbName;
 use crate::locks::held::{End, look_for_missing, retries};
 use crate::locks::hold::Hold;
+use crate::locks::look::time_of;
 use crate::rules::catalogue::Snapshot;
 use crate::rules::matching::RuleSet;
 use crate::workers::Shared;
 use crate::workers::job::Worked;
+use serde_json::Value;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-/// A rule that was just written may not be known yet, and its database may be dirty because of it.
+/// A rule that was just written may not be known yet, and its database may be dirty because of it: so long after it was marked.
 const RULES_KNOWN_AFTER: Duration = Duration::from_secs(2);
 
 pub async fn work(shared: &Shared, tools: &Tools, hold: &Arc<Hold>) -> Worked {
     let db: DbName = hold.before()["db_name"].as_str().unwrap_or_default().into();
     tools.couch.health().up().await;
-    let rules = rules_of(shared, &db).await;
+    let (rules, is_known) = rules_of(shared, &db, hold.before()).await;
     if rules.is_empty() {
-        return End::Clean.into();
+        return if is_known { End::Clean } else { later(shared, hold) }.into();
     }
     let mut listener = Listener::locked(tools, &db, &rules, hold.clone());
     // Nobody told us whether the database was made again since.
@@ -58,7 +60,19 @@ pub fn missing(shared: &Shared, hold: &Hold) -> End {
     End::Missing { at, retries: failed.saturating_add(1) }
 }
 
-async fn rules_of(shared: &Shared, db: &str) -> Arc<RuleSet> {
+fn later(shared: &Shared, hold: &Hold) -> End {
+    let failed = retries(hold.before());
+    End::Later { at: SystemTime::now() + shared.backoff.delay(failed, fastrand::f64()), retries: failed.saturating_add(1) }
+}
+
+/// How long to wait for a rule that nobody knows here: whoever marked the document knew it.
+fn patience(doc: &Value, now: SystemTime) -> Duration {
+    let marked_at = time_of(&doc["updated_at"]).unwrap_or(now);
+    RULES_KNOWN_AFTER.saturating_sub(now.duration_since(marked_at).unwrap_or_default())
+}
+
+/// With whether that is all: a rule that is invalid until somebody mends it may be for this database.
+async fn rules_of(shared: &Shared, db: &str, doc: &Value) -> (Arc<RuleSet>, bool) {
     let mut snapshots = shared.snapshot.clone();
     let known = |snapshot: &Arc<Snapshot>| match snapshot.watches(db) {
         true => snapshot.rules_of(db),
@@ -70,11 +84,38 @@ async fn rules_of(shared: &Shared, db: &str) -> Arc<RuleSet> {
     };
     let rules = known(&snapshot);
     if !rules.is_empty() || snapshot.is_own(db) {
-        return rules;
+        return (rules, true);
     }
     let found = snapshots.wait_for(|snapshot| !known(snapshot).is_empty());
-    match tokio::time::timeout(RULES_KNOWN_AFTER, found).await {
+    let found = match tokio::time::timeout(patience(doc, SystemTime::now()), found).await {
         Ok(Ok(snapshot)) => known(&snapshot),
         _ => rules,
+    };
+    (found, !shared.snapshot.borrow().has_invalid_rules())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests {
+    use super::*;
+    use crate::job::timestamp;
+    use serde_json::json;
+
+    #[test]
+    fn only_what_was_just_marked_waits_for_a_rule() {
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000);
+        let whole = Duration::from_secs(2);
+        for (updated_at, expected) in [
+            (json!(timestamp(now)), whole),
+            (json!(timestamp(now - Duration::from_millis(500))), Duration::from_millis(1500)),
+            (json!(timestamp(now - whole)), Duration::ZERO),
+            (json!(timestamp(now - Duration::from_secs(3600))), Duration::ZERO),
+            // Somebody's clock is ahead.
+            (json!(timestamp(now + Duration::from_secs(3600))), whole),
+            (json!(null), whole),
+            (json!("today"), whole),
+        ] {
+            assert_eq!(patience(&json!({ "updated_at": updated_at }), now), expected, "{updated_at}");
+        }
     }
 }

@@ -21,6 +21,8 @@ tests_on! {
         what_is_dirtied_during_the_work_runs_again,
         a_lost_lock_is_neither_cleaned_nor_taken_back,
         what_fails_backs_off_by_dirty_at,
+        a_rule_that_waits_gives_up,
+        what_an_invalid_rule_may_want_is_not_cleaned_away,
         what_is_missing_is_forgotten_after_a_while,
         an_orderly_stop_leaves_it_dirty_and_unlocked,
         nothing_is_lost_by_kills_of_many_processes,
@@ -251,6 +253,61 @@ async fn what_fails_backs_off_by_dirty_at(lab: Arc<Lab>) {
     eventually(SOON, "it ran", async || (lab.couch.all(&target).await.len() == 3).then_some(())).await;
     let doc = settles(&lab, "copy").await;
     assert_eq!(doc["retries"], Value::Null, "{doc}");
+}
+
+async fn a_rule_that_waits_gives_up(lab: Arc<Lab>) {
+    lab.install().await;
+    lab.receiver.answer("/", Answer::work(|request| async move { if request.doc_id() == "b" { 500 } else { 200 } }));
+    // What each says of it, in a database of its own.
+    let rules = [
+        ("limited", json!({ "order": "database", "retry": { "limit": 2 } })),
+        ("blocking", json!({ "block": true, "retry": { "give_up_after": "1s" } })),
+        ("strict", json!({ "order": "database" })),
+    ];
+    let settings = [("WEBHOOK_FAST_RETRIES", "1"), ("WEBHOOK_BREAKER_THRESHOLD", "0")];
+    let mut worker = worker(&lab, "change-listener", &settings).await;
+    for (rule, fields) in &rules {
+        let db = lab.create(rule).await;
+        lab.rule(rule, &db, &format!("/{rule}"), fields.clone()).await;
+        for doc in ["a", "b", "c"] {
+            lab.couch.put(&db, doc, json!({})).await;
+        }
+        dirty_listener(&lab, &db).await;
+    }
+    let strict = listener_id(&lab.name("strict"));
+    let known = async || doc(&lab, &strict).await["failing"]["strict"][0].as_object().cloned();
+    let first = eventually(SOON, "it says for what the rule waits", known).await;
+    assert_eq!(first["id"], "b");
+    worker.kill();
+    worker.start_again_unready();
+    for (rule, _) in &rules[..2] {
+        let path = format!("/{rule}");
+        let gone_on = async || lab.receiver.delivered(&path).contains_key("c").then_some(());
+        eventually(SOON, format!("{rule} goes on"), gone_on).await;
+        let doc = settles(&lab, &listener_id(&lab.name(rule))).await;
+        assert_eq!(doc.get("failing"), None, "{rule} waits no more: {doc}");
+    }
+    let again = async || (doc(&lab, &strict).await["failing"]["strict"][0]["retries"].as_u64() >= Some(2)).then_some(());
+    eventually(SOON, "it is tried again", again).await;
+    assert_eq!(doc(&lab, &strict).await["failing"]["strict"][0]["since"], first["since"], "the clock goes on through a kill");
+    assert!(!lab.receiver.delivered("/strict").contains_key("c"), "nobody said how long");
+}
+
+async fn what_an_invalid_rule_may_want_is_not_cleaned_away(lab: Arc<Lab>) {
+    lab.install().await;
+    let db = lab.create("db").await;
+    lab.couch.fill(&db, "d", 3).await;
+    lab.rule("rule", &db, "/hook", json!({ "order": "nonsense" })).await;
+    let _worker = worker(&lab, "change-listener", &[]).await;
+    dirty_listener(&lab, &db).await;
+    let waits = async || {
+        let doc = doc(&lab, &listener_id(&db)).await;
+        (doc["dirty"] == json!(false) && doc["dirty_at"].is_string() && doc["locked_at"].is_null()).then_some(())
+    };
+    eventually(SOON, "it waits", waits).await;
+    change(&lab, "rule", json!({ "order": "database" })).await;
+    eventually(SOON, "all are delivered", async || (lab.receiver.delivered("/hook").len() == 3).then_some(())).await;
+    settles(&lab, &listener_id(&db)).await;
 }
 
 async fn what_is_missing_is_forgotten_after_a_while(lab: Arc<Lab>) {
