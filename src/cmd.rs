@@ -235,7 +235,7 @@ impl CommandLine {
                 return Err(misused(format!("{flag} is Node Spiegel's, and goes with --type instead of a command")));
             }
             let command = command.clone().meant(&self.flags);
-            let sources = Sources { environment, flags: self.flags, original: None };
+            let sources = Sources { environment, flags: self.flags, ..Sources::default() };
             return Ok(Resolved::Args(Box::new(Args { command, sources })));
         }
         if environment.get("VERSION").is_some_and(|text| text == "true") {
@@ -251,7 +251,7 @@ impl CommandLine {
             None if is_bare => return Ok(Resolved::Help),
             None => return Err(Self::command().error(ErrorKind::MissingSubcommand, "a command is missing, or --type")),
         };
-        let sources = Sources { environment, flags: self.flags, original };
+        let sources = Sources { environment, flags: self.flags, original, is_container: is_in_container };
         match sources.original.is_some() && !sources.name_couchdb() {
             true => Err(misused(String::from(
                 "--url (or the variable URL) is missing: the address of CouchDB, with an admin and the password",

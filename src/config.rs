@@ -293,9 +293,20 @@ pub struct Sources {
     pub flags: Flags,
     /// The process was started in the original's way.
     pub original: Option<Original>,
+    /// The image was started without a command.
+    pub is_container: bool,
 }
 
 impl Sources {
+    /// The original's URL, and nothing that makes it count or says where CouchDB is instead.
+    fn has_idle_url(&self) -> bool {
+        let is_idle =
+            self.is_container && self.original.is_none() && self.environment.get("URL").is_some_and(|text| !text.is_empty());
+        let mut others = self.clone();
+        others.environment.remove("URL");
+        is_idle && !others.name_couchdb()
+    }
+
     /// Whether anybody says which CouchDB, or names a file that may.
     pub fn name_couchdb(&self) -> bool {
         let variables = ["URL", "SPIEGEL_COUCHDB_URL", "SPIEGEL_COUCHDB_URL_FILE", "SPIEGEL_CONFIG"];

@@ -115,6 +115,11 @@ pub(super) fn collect(sources: &Sources) -> Layers {
         layers.add_original(original, &sources.environment);
     }
     layers.add_flags(&sources.flags);
+    if sources.has_idle_url() {
+        layers
+            .warnings
+            .push(String::from("environment URL says nothing without TYPE: set TYPE as well, or SPIEGEL_COUCHDB_URL instead"));
+    }
     layers
 }
 

@@ -349,6 +349,23 @@ fn no_text_shows_a_password() {
 }
 
 #[test]
+fn a_url_without_a_type_warns_in_a_container() {
+    let url = ("URL", "http://admin:s3cret@host");
+    for (pairs, is_container, expected) in [
+        (&[url][..], true, 1),
+        (&[url], false, 0),
+        (&[("URL", "")], true, 0),
+        (&[], true, 0),
+        // Somebody else's, perhaps.
+        (&[url, ("SPIEGEL_COUCHDB_URL", "http://admin:secret@other")], true, 0),
+    ] {
+        let warnings = load(Sources { is_container, ..environment(pairs) }).expect("legal").warnings;
+        assert_eq!(warnings.len(), expected, "{pairs:?}: {warnings:?}");
+        assert!(warnings.iter().all(|text| text.contains("TYPE") && !text.contains("s3cret")), "{warnings:?}");
+    }
+}
+
+#[test]
 fn risky_settings_warn() {
     let cases: [(&[(&str, &str)], &str); 6] = [
         (&[("SPIEGEL_WEBHOOK_ALLOW_NETWORKS", "10.0.0.0/8")], "webhook.block_private_networks"),

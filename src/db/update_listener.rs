@@ -155,9 +155,11 @@ impl Actor for Replicators {
                 state.queue.want_replicators(remote.map(|replicator| replicator.id.to_string()));
             }
             topology::Message::RunAgain { id } => state.queue.want_replicators([id.to_string()]),
-            topology::Message::Spill { done, .. }
-            | topology::Message::SourceChanged { done, .. }
-            | topology::Message::Shutdown { done } => drop(done.send(())),
+            // A database's own are marked with it.
+            topology::Message::SourceChanged { done, .. } => drop(done.send(())),
+            topology::Message::Spill { done, .. } | topology::Message::Shutdown { done } => {
+                state.queue.tell_of_replicators(done);
+            }
             // Nothing runs here.
             _ => {}
         }
@@ -177,6 +179,10 @@ struct Wanted {
     databases: BTreeMap<DbName, Hinted>,
     /// Without a database that changed, by id.
     replicators: HashSet<String>,
+    /// Batches under way with some of these.
+    flights_of_replicators: usize,
+    /// Told once none of them is left to be marked.
+    told_of_replicators: Vec<oneshot::Sender<()>>,
     first: Option<Instant>,
     /// Databases that are being marked; what is hinted of them meanwhile goes later.
     flying: HashSet<DbName>,
@@ -191,6 +197,16 @@ struct Wanted {
 struct Hinted {
     /// The feed told of its making or its deletion.
     may_be_gone: bool,
+}
+
+impl Wanted {
+    fn tell_of_replicators(&mut self) {
+        if self.replicators.is_empty() && self.flights_of_replicators == 0 {
+            for done in self.told_of_replicators.drain(..) {
+                let _ = done.send(());
+            }
+        }
+    }
 }
 
 struct Batch {
@@ -235,6 +251,19 @@ impl Queue {
         self.want(db, false);
     }
 
+    fn tell_of_replicators(&self, done: oneshot::Sender<()>) {
+        let mut wanted = self.wanted();
+        wanted.told_of_replicators.push(done);
+        wanted.tell_of_replicators();
+    }
+
+    /// A batch with some of them ended.
+    fn replicators_flown(&self) {
+        let mut wanted = self.wanted();
+        wanted.flights_of_replicators = wanted.flights_of_replicators.saturating_sub(1);
+        wanted.tell_of_replicators();
+    }
+
     fn stop(&self) {
         self.wanted().is_hurried = true;
         self.changed.notify_one();
@@ -263,6 +292,7 @@ impl Queue {
             replicators.remove(id);
         }
         *first = (!databases.is_empty() || !replicators.is_empty()).then(Instant::now);
+        wanted.flights_of_replicators += usize::from(!ids.is_empty());
         Batch { databases: taken, replicators: ids }
     }
 
@@ -358,12 +388,16 @@ impl Marker {
                 owners.insert(Subject::ChangeListener(db.to_string()), Some(db.clone()));
             }
         }
+        let has_replicators = !batch.replicators.is_empty();
         for id in batch.replicators {
             owners.entry(Subject::Replicator(id)).or_insert(None);
         }
         let may_be_gone: HashSet<DbName> =
             batch.databases.into_iter().filter(|(_, hinted)| hinted.may_be_gone).map(|(db, _)| db).collect();
         let result = self.mark_all(owners.keys().cloned().collect(), &may_be_gone).await?;
+        if has_replicators {
+            self.queue.replicators_flown();
+        }
         let owner_of = |subject: &Subject| owners.get(subject).cloned().flatten();
         let refused: HashSet<DbName> = result.refused.iter().filter_map(owner_of).collect();
         for (subject, reason) in result.refused.iter().zip(&result.reasons) {
@@ -539,4 +573,30 @@ struct Marked {
     reasons: Vec<String>,
     /// Change listeners of databases that seem to be gone.
     unmade: HashSet<Subject>,
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_waits_for_replicators_that_are_not_marked_yet() {
+        let queue = Queue::default();
+        let ask = || {
+            let (done, told) = oneshot::channel();
+            queue.tell_of_replicators(done);
+            told
+        };
+        assert_eq!(ask().try_recv(), Ok(()), "there are none");
+        queue.want_replicators((0..=REPLICATORS_MAX).map(|number| number.to_string()));
+        let mut told = [ask(), ask()];
+        for (left, is_told) in [(1, false), (0, true)] {
+            assert!(!queue.take(10).replicators.is_empty());
+            assert_eq!(queue.wanted().replicators.len(), left);
+            assert!(told.iter_mut().all(|told| told.try_recv().is_err()), "those under way are not marked either");
+            queue.replicators_flown();
+            assert!(told.iter_mut().all(|told| told.try_recv().is_ok() == is_told), "{left}");
+        }
+    }
 }

@@ -2,7 +2,7 @@
 
 use crate::job::timestamp;
 use crate::locks::look::{By, due_at, is_dirty, lock_of, time_of};
-use crate::locks::{Settings, clear};
+use crate::locks::{Kind, Settings, clear};
 use serde_json::{Map, Value, json};
 use std::time::{Duration, SystemTime};
 
@@ -127,7 +127,9 @@ impl Held {
         let kept = ["dirty", "dirty_at"].map(|field| (field, doc.get(field).cloned()));
         if let Some(fields) = doc.as_object_mut() {
             change(fields);
-            match self.is_dirtied {
+            // A run that failed is tried again in its time, and then brings what came meanwhile as well.
+            let backs_off = matches!(end, End::Later { .. }) && Kind::of(&self.doc) == Some(Kind::Replicator);
+            match self.is_dirtied && !backs_off {
                 // What somebody said of it after we locked stands.
                 true => kept.into_iter().for_each(|(field, value)| restore(fields, field, value)),
                 false => say(fields, end),

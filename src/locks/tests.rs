@@ -181,9 +181,22 @@ fn what_was_dirtied_meanwhile_is_unlocked_and_never_cleaned() {
             let doc = saved(held.ended(end, at(1500), &settings, positions));
             assert_eq!((&doc["locked_at"], &doc["_rev"]), (&Value::Null, &json!("9-theirs")));
             assert_eq!(doc["last_seq"], "12-x", "what was delivered stays so");
-            assert_eq!((doc.get("dirty"), doc.get("dirty_at")), (said.get("dirty"), said.get("dirty_at")), "{end:?}");
+            match end {
+                End::Later { .. } => {
+                    assert_eq!(
+                        (&doc["dirty"], &doc["dirty_at"], &doc["retries"]),
+                        (&json!(false), &json!(text(2000)), &json!(3))
+                    );
+                }
+                _ => assert_eq!((doc.get("dirty"), doc.get("dirty_at")), (said.get("dirty"), said.get("dirty_at")), "{end:?}"),
+            }
         }
     }
+    // Of its rules only some wait.
+    let mut listener = held(json!({ "type": "change_listener", "dirty": true }));
+    listener.dirtied();
+    let doc = saved(listener.ended(End::Later { at: at(2000), retries: 3 }, at(1500), &settings, |_| {}));
+    assert_eq!((&doc["dirty"], doc.get("dirty_at")), (&json!(true), None));
 }
 
 #[test]
