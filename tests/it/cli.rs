@@ -141,7 +141,8 @@ async fn install_leaves_what_is_there(lab: Arc<Lab>) {
 }
 
 async fn run_without_install_says_what_to_do(lab: Arc<Lab>) {
-    let output = lab.run(&["run"]).await;
+    // The same test runs against other servers at the same time, and a port is one process's.
+    let output = one_shot(&lab.settings_with(&[("ADMIN_LISTEN", "")]), &["run"]).await;
     assert_eq!(output.code, 78, "{}", output.text);
     assert!(output.text.contains("install"), "{}", output.text);
 }
