@@ -13,10 +13,8 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use url::Url;
 
-/// Fields that are Spiegel's, and two that are meant for continuous replications.
-const NOT_FOR_COUCHDB: [&str; 13] = [
-    "engine",
-    "priority",
+/// What means something to Spiegel only.
+pub const OF_SPIEGEL: [&str; 11] = [
     "type",
     "dirty",
     "dirty_at",
@@ -26,9 +24,11 @@ const NOT_FOR_COUCHDB: [&str; 13] = [
     "retries",
     "possibly_deleted_at",
     "dirty_after_milliseconds",
-    "continuous",
-    "cancel",
+    "engine",
+    "priority",
 ];
+/// Meant for continuous replications.
+const OF_CONTINUOUS: [&str; 2] = ["continuous", "cancel"];
 /// A century: beyond it an `Instant` may not follow.
 const DIRTY_AFTER_MS_MAX: f64 = 100.0 * 365.0 * 86_400_000.0;
 
@@ -259,7 +259,7 @@ fn id(fields: &Map<String, Value>) -> Result<Arc<str>, Invalid> {
 
 /// The user's fields, whatever they are. None where they are no more than two texts.
 fn params(fields: &Map<String, Value>) -> Option<Map<String, Value>> {
-    let is_params = |name: &str| !name.starts_with('_') && !NOT_FOR_COUCHDB.contains(&name);
+    let is_params = |name: &str| !name.starts_with('_') && !OF_SPIEGEL.contains(&name) && !OF_CONTINUOUS.contains(&name);
     let is_plain = |(name, value): (&String, &Value)| matches!(name.as_str(), "source" | "target") && value.is_string();
     let params = || fields.iter().filter(|(name, _)| is_params(name));
     let is_more = !params().all(is_plain);

@@ -5,7 +5,7 @@
 
 use crate::couch::{CouchSettings, encode_segment};
 use crate::replicate::native::parameters::{Local, NotNative, Parameters};
-use crate::topology::replicator::Replicator;
+use crate::topology::replicator::{OF_SPIEGEL, Replicator};
 use crate::vault::{Credentials, Vault, redact_text, split_credentials};
 use secrecy::ExposeSecret;
 use serde_json::{Map, Value, json};
@@ -38,20 +38,6 @@ const PARAMETERS: [&str; 22] = [
 ];
 /// What says who asked, and how: it has no meaning in the other database.
 const OF_THE_JOB: [&str; 5] = ["continuous", "cancel", "owner", "user_ctx", "type"];
-/// What is Spiegel's in a replicator.
-const OF_SPIEGEL: [&str; 11] = [
-    "type",
-    "dirty",
-    "dirty_at",
-    "locked_at",
-    "locked_by",
-    "updated_at",
-    "retries",
-    "possibly_deleted_at",
-    "dirty_after_milliseconds",
-    "engine",
-    "priority",
-];
 /// Of these, what a user wrote and loses.
 const WISHES: [&str; 3] = ["dirty_after_milliseconds", "engine", "priority"];
 
