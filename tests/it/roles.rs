@@ -198,15 +198,21 @@ async fn a_dead_process_s_lock_is_free_soon(lab: Arc<Lab>) {
     settles(&lab, &listener_id(&db)).await;
 }
 
-async fn what_is_dirtied_during_the_work_runs_again(lab: Arc<Lab>) {
+/// A database whose change_listener is locked, because its webhook takes a second and has begun.
+async fn a_second_s_work(lab: &Lab) -> (String, Spiegel) {
     lab.install().await;
     let db = lab.create("db").await;
     lab.rule("rule", &db, "/hook", json!({})).await;
     lab.couch.fill(&db, "d", 1).await;
     lab.receiver.answer("/hook", Answer::ok().after(Duration::from_secs(1)));
-    let _worker = worker(&lab, "change-listener", &[]).await;
-    dirty_listener(&lab, &db).await;
+    let worker = worker(lab, "change-listener", &[]).await;
+    dirty_listener(lab, &db).await;
     eventually(SOON, "it is asked", async || (lab.receiver.count("/hook") == 1).then_some(())).await;
+    (db, worker)
+}
+
+async fn what_is_dirtied_during_the_work_runs_again(lab: Arc<Lab>) {
+    let (db, _worker) = a_second_s_work(&lab).await;
     lab.couch.put(&db, "meanwhile", json!({})).await;
     dirty_listener(&lab, &db).await;
     eventually(SOON, "both are there", async || (lab.receiver.delivered("/hook").len() == 2).then_some(())).await;
@@ -215,14 +221,7 @@ async fn what_is_dirtied_during_the_work_runs_again(lab: Arc<Lab>) {
 }
 
 async fn a_lost_lock_is_neither_cleaned_nor_taken_back(lab: Arc<Lab>) {
-    lab.install().await;
-    let db = lab.create("db").await;
-    lab.rule("rule", &db, "/hook", json!({})).await;
-    lab.couch.fill(&db, "d", 1).await;
-    lab.receiver.answer("/hook", Answer::ok().after(Duration::from_secs(1)));
-    let _worker = worker(&lab, "change-listener", &[]).await;
-    dirty_listener(&lab, &db).await;
-    eventually(SOON, "it is asked", async || (lab.receiver.count("/hook") == 1).then_some(())).await;
+    let (db, _worker) = a_second_s_work(&lab).await;
     // The original took it.
     let id = listener_id(&db);
     change(&lab, &id, json!({ "locked_at": time(0) })).await;
