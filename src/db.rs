@@ -197,17 +197,11 @@ impl Actor for DbActor {
                     state.retry_at = None;
                 }
                 state.more.send_replace(true);
-                if state.retry_at.is_none() {
-                    let next = state.debounce.hint(now);
-                    state.follow(&myself, next);
-                }
+                state.hint(&myself, now);
             }
             Message::LateEnded => {
                 state.more.send_replace(true);
-                if state.retry_at.is_none() {
-                    let next = state.debounce.hint(now);
-                    state.follow(&myself, next);
-                }
+                state.hint(&myself, now);
             }
             Message::Spill { done } => {
                 state.seen += 1;
@@ -231,9 +225,8 @@ impl Actor for DbActor {
                 state.spills -= 1;
                 state.listener_is_stale = true;
                 // The document says dirty now; the run that clears it must have started after that. Replicators see to theirs.
-                if durable && state.retry_at.is_none() && state.listens() {
-                    let next = state.debounce.hint(now);
-                    state.follow(&myself, next);
+                if durable && state.listens() {
+                    state.hint(&myself, now);
                 }
             }
             Message::Recheck { at } => state.recheck_at = Some(at),
@@ -257,6 +250,14 @@ impl Actor for DbActor {
 }
 
 impl State {
+    /// A failed run's next try takes in what comes before it.
+    fn hint(&mut self, myself: &ActorRef<Message>, now: Instant) {
+        if self.retry_at.is_none() {
+            let next = self.debounce.hint(now);
+            self.follow(myself, next);
+        }
+    }
+
     fn follow(&mut self, myself: &ActorRef<Message>, next: Next) {
         if next == Next::RunNow {
             self.start_run(myself);

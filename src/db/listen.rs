@@ -244,7 +244,7 @@ impl Listener {
             let group_rules = chosen.rules();
             if !group_rules.is_empty() && group_rules.iter().all(|rule| self.late.is_waiting(&rule.id)) {
                 // Its answers are not there yet.
-                self.positions.wait(index, SystemTime::now() + LATE_LOOKED_AT_AFTER);
+                self.positions.hold_on(index, SystemTime::now() + LATE_LOOKED_AT_AFTER);
                 continue;
             }
             if group.hold.is_some()
@@ -264,9 +264,7 @@ impl Listener {
                 && error.is_unknown_seq()
             {
                 tracing::warn!(db = %self.db, since = since.as_query(), "the position is none of this server's, starting from the beginning");
-                self.positions.restart(index);
-                self.late.retain(|_| false);
-                self.late.forget_delivered();
+                self.restart(index);
                 continue;
             }
             let page = self.existing(tools, page).await?;
@@ -274,9 +272,7 @@ impl Listener {
                 tracing::warn!(db = %self.db, what, "malformed row");
             }
             if page.rows.is_empty() && self.was_made_again(tools, index).await? {
-                self.positions.restart(index);
-                self.late.retain(|_| false);
-                self.late.forget_delivered();
+                self.restart(index);
                 continue;
             }
             let read_nothing = page.rows.is_empty() && page.malformed.is_empty();
@@ -335,6 +331,12 @@ impl Listener {
             self.save(tools, was_dirty).await?;
         }
         Ok(())
+    }
+
+    /// The database was made again, and what is under way was another one's.
+    fn restart(&mut self, index: usize) {
+        self.positions.restart(index);
+        self.late = Late::default();
     }
 
     fn next_read(&mut self) -> Option<usize> {

@@ -158,23 +158,20 @@ impl Positions {
         (others().any(goes_on), others().any(reads))
     }
 
-    /// The group waits until then, without a failure.
-    pub fn wait(&mut self, index: usize, until: SystemTime) {
-        let hold = &mut self.groups[index].hold;
-        *hold = Some(Hold { until, retries: hold.as_ref().map_or(0, |hold| hold.retries) });
-        self.changed = true;
-    }
-
     /// By rule, the keys of what was delivered beyond its position.
     pub fn delivered(&self) -> Vec<(RuleId, HashSet<u64>)> {
         let known = self.groups.iter().filter(|group| !group.delivered.is_empty());
         known.flat_map(|group| group.rules.iter().map(|rule| (rule.clone(), group.delivered.clone()))).collect()
     }
 
-    /// The group waits on: what it waits for is known to be as it was, without a try.
+    /// The group waits on, without a try: what it waits for is known to be as it was.
     pub fn hold_on(&mut self, index: usize, until: SystemTime) {
-        if let Some(hold) = &mut self.groups[index].hold {
-            hold.until = until;
+        match &mut self.groups[index].hold {
+            Some(hold) => hold.until = until,
+            none => {
+                *none = Some(Hold { until, retries: 0 });
+                self.changed = true;
+            }
         }
     }
 
