@@ -69,12 +69,14 @@ impl<'r> Document<'r> {
         parts.try_fold(first, member)
     }
 
-    /// What a pattern of `if` is tested on; none where the attribute is null or missing.
+    /// What a pattern of `if` is tested on; none where the attribute is null or missing. Of what a path leads through only its
+    /// end becomes a value, unless it is one already.
     pub fn tested_text(&self, name: &str) -> Option<Cow<'_, str>> {
-        match self.value(name)? {
-            Value::Null => None,
-            Value::String(text) => Some(Cow::Borrowed(text)),
-            value => Some(Cow::Owned(js_string(value))),
+        let first =
+            || name.split_once('.').filter(|_| self.attribute(name).is_none()).and_then(|(first, _)| self.attribute(first));
+        match first().filter(|first| first.value.get().is_none()) {
+            None => tested(Cow::Borrowed(self.value(name)?)),
+            Some(_) => tested(Cow::Owned(serde_json::from_str(self.text(name)?).ok()?)),
         }
     }
 
@@ -105,6 +107,15 @@ impl<'r> Document<'r> {
 impl Attribute<'_> {
     fn value(&self) -> Option<&Value> {
         self.value.get_or_init(|| serde_json::from_str(&self.text).ok()).as_ref()
+    }
+}
+
+fn tested(value: Cow<'_, Value>) -> Option<Cow<'_, str>> {
+    match value {
+        Cow::Borrowed(Value::Null) | Cow::Owned(Value::Null) => None,
+        Cow::Borrowed(Value::String(text)) => Some(Cow::Borrowed(text)),
+        Cow::Owned(Value::String(text)) => Some(Cow::Owned(text)),
+        value => Some(Cow::Owned(js_string(&value))),
     }
 }
 
@@ -307,6 +318,10 @@ mod tests {
             let read = doc.text(&name).map(|text| serde_json::from_str::<Value>(text).unwrap());
             prop_assert_eq!(read.as_ref(), expected);
             prop_assert_eq!(doc.whole(), &whole);
+            let tested = expected.and_then(|value| tested(Cow::Borrowed(value)));
+            prop_assert_eq!(doc.tested_text(&name), tested.clone());
+            let unread = Document::of(&row);
+            prop_assert_eq!(unread.tested_text(&name), tested);
         }
     }
 }

@@ -107,7 +107,7 @@ fn one_by_one(rules: &[Arc<Rule>], doc: &Document<'_>) -> Vec<usize> {
 #[derive(Debug)]
 struct Index {
     /// How many patterns each rule has here.
-    patterns: Vec<usize>,
+    patterns: Vec<u32>,
     /// Rules without a pattern.
     free: Vec<usize>,
     attributes: Vec<Attribute>,
@@ -139,7 +139,7 @@ impl Index {
         let mut attributes: Vec<Attribute> = Vec::new();
         let mut places: HashMap<&str, usize> = HashMap::new();
         let mut others: Vec<HashMap<&str, Shared>> = Vec::new();
-        let mut patterns = vec![0; rules.len()];
+        let mut patterns = vec![0_u32; rules.len()];
         for ((at, rule), patterns) in rules.iter().enumerate().zip(&mut patterns) {
             for test in rule.condition.iter().filter(|test| test.is_indexed()) {
                 let place = *places.entry(test.attribute()).or_insert_with(|| {
@@ -183,7 +183,7 @@ impl Index {
 
     /// The places of the rules whose tests all hold, as far as they are here.
     fn remaining(&self, rules: &[Arc<Rule>], doc: &Document<'_>) -> Vec<usize> {
-        let mut found = vec![0; rules.len()];
+        let mut found = vec![0_u32; rules.len()];
         let mut is_refused = vec![false; rules.len()];
         let mut is_seen = vec![false; self.attributes.len()];
         let mut remaining = self.free.clone();
