@@ -22,6 +22,7 @@ mod park;
 pub mod parked;
 pub mod patience;
 pub mod select;
+mod tidy;
 
 pub use park::Owed;
 
@@ -137,7 +138,7 @@ impl Deliveries {
 
     /// Waits until no try is under way, and so no delivery claimed.
     pub async fn tries_ended(&self) {
-        while self.book.index().is_any_in_flight() {
+        while self.book.index().in_flight() > 0 {
             tokio::time::sleep(LOOK_EVERY).await;
         }
     }

@@ -1,9 +1,10 @@
-//! Tries again what is parked: claim, read, send, settle. And ends what nobody wants any more.
+//! Tries again what is parked: claim, read, send, settle.
 
 use super::index::Entry;
 use super::missing::Missing;
 use super::park::failed_again;
 use super::parked::{Disabled, Key, Parked, State, generation};
+use super::tidy::TIDY_EVERY;
 use super::{Arguments, Deliveries};
 use crate::couch::docs::Current;
 use crate::couch::{CouchError, Rev, Row, Seq, WriteResult};
@@ -12,25 +13,25 @@ use crate::rules::catalogue::{Snapshot, changed_rules};
 use crate::rules::document::Document;
 use crate::rules::rule::Rule;
 use crate::schedule::Breakers;
-use crate::telemetry::StateLabels;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant, SystemTime};
+use tokio::sync::Semaphore;
 use tokio::task::{Id, JoinSet};
 
 /// Tries under way; each is one document of a user's in memory.
 const IN_FLIGHT_MAX: usize = 256;
-/// Documents that are read by one request.
+/// What is due within this is claimed together: one by one a try costs CouchDB five requests.
+const TOGETHER: Duration = Duration::from_millis(250);
+/// Documents that are read by one request, and such requests at once.
 const OF_ONE_DATABASE_MAX: usize = 50;
-/// How often old and unwanted ones are looked for.
-const TIDY_EVERY: Duration = Duration::from_secs(30);
-const TIDY_MAX: usize = 500;
-/// Meanwhile nothing is tried.
-const TIDY_ROUNDS_MAX: usize = 20;
+const READS_MAX: usize = 16;
+/// CouchDB tells of no more databases at once, unless it is configured to.
+const INFOS_MAX: usize = 100;
 /// What cannot be tried now, because its rule is disabled or damaged, is looked at again after this.
-const NOT_NOW: Duration = Duration::from_secs(60);
+pub const NOT_NOW: Duration = Duration::from_secs(60);
 /// CouchDB did not answer as it should; it is asked again after this.
 const COUCHDB_FAILED: Duration = Duration::from_secs(5);
 /// Of its lease a try leaves so much for writing down what came of it.
@@ -44,16 +45,30 @@ enum Newest {
     Gone,
 }
 
-/// One that is due: its key, the revision of its document as we know it, its rule.
-type Due = (Key, Box<str>, Arc<Rule>);
+/// One that is due.
+struct Due {
+    key: Key,
+    /// Of its document, as we know it.
+    doc_rev: Box<str>,
+    rule: Arc<Rule>,
+}
 
-struct Tries {
-    arguments: Arguments,
-    missing_dbs: Missing<DbName>,
-    missing_docs: Missing<Key>,
-    missing_rules: Missing<Arc<str>>,
+/// One that is ours for a while.
+struct Claimed {
+    parked: Parked,
+    /// As it was written.
+    doc: Value,
+    rule: Arc<Rule>,
+}
+
+pub(super) struct Tries {
+    pub arguments: Arguments,
+    pub missing_dbs: Missing<DbName>,
+    pub missing_docs: Missing<Key>,
+    pub missing_rules: Missing<Arc<str>>,
     /// It was said that more have ended than are listed.
-    lists_less: AtomicBool,
+    pub lists_less: AtomicBool,
+    reads: Semaphore,
 }
 
 pub(super) async fn run(arguments: Arguments) {
@@ -67,18 +82,24 @@ pub(super) async fn run(arguments: Arguments) {
     deliveries.book.index().land_all();
     let tidy_every = TIDY_EVERY.min(deliveries.settings.assume_deleted_after).max(Duration::from_secs(1));
     let (missing_dbs, missing_docs, missing_rules) = (Missing::default(), Missing::default(), Missing::default());
-    let lists_less = AtomicBool::new(false);
-    let tries = Arc::new(Tries { arguments, missing_dbs, missing_docs, missing_rules, lists_less });
+    let (lists_less, reads) = (AtomicBool::new(false), Semaphore::new(READS_MAX));
+    let tries = Arc::new(Tries { arguments, missing_dbs, missing_docs, missing_rules, lists_less, reads });
     tries.end_disabled(&known).await;
     let mut under_way = JoinSet::new();
     let mut keys_of: HashMap<Id, Vec<Key>> = HashMap::new();
     let mut tidy = tokio::time::interval(tidy_every);
     tidy.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut not_before = Instant::now();
     loop {
         let is_stopping = deliveries.book.stopping.is_cancelled();
+        let pause = not_before.saturating_duration_since(Instant::now());
         let wait = match is_stopping {
             true => TIDY_EVERY,
-            false => tries.start_due(&mut under_way, &mut keys_of, &known),
+            false if !pause.is_zero() => pause,
+            false => {
+                not_before = Instant::now() + TOGETHER;
+                tries.start_due(&mut under_way, &mut keys_of, &known)
+            }
         };
         tokio::select! {
             () = deliveries.book.stopping.cancelled(), if !is_stopping => {}
@@ -104,7 +125,7 @@ pub(super) async fn run(arguments: Arguments) {
 }
 
 impl Tries {
-    fn deliveries(&self) -> &Deliveries {
+    pub fn deliveries(&self) -> &Deliveries {
         &self.arguments.deliveries
     }
 
@@ -116,107 +137,147 @@ impl Tries {
         snapshot: &Arc<Snapshot>,
     ) -> Duration {
         let now = SystemTime::now();
-        let room = IN_FLIGHT_MAX.saturating_sub(keys_of.values().map(Vec::len).sum());
-        let due = {
+        let (room, due) = {
             let mut index = self.deliveries().book.index();
             let disabled: Vec<(String, String)> =
                 index.disabled().map(|known| (known.rule.clone(), known.rule_rev.clone())).collect();
             let breakers = self.arguments.webhooks.breakers();
-            index.take_due(now, room, |entry| not_now(entry, snapshot, &disabled, breakers, now))
+            let room = IN_FLIGHT_MAX.saturating_sub(index.in_flight());
+            (room, index.take_due(now, room, |entry| not_now(entry, snapshot, &disabled, breakers, now)))
         };
-        let mut by_db: BTreeMap<DbName, Vec<Due>> = BTreeMap::new();
+        let mut owed = Vec::with_capacity(due.len());
         for (key, entry) in due {
             match snapshot.rule(&entry.rule).cloned() {
-                Some(rule) => by_db.entry(entry.db).or_default().push((key, entry.doc_rev, rule)),
+                Some(rule) => owed.push(Due { key, doc_rev: entry.doc_rev, rule }),
                 None => self.deliveries().book.index().landed(&key, Some(now + NOT_NOW)),
             }
         }
-        for (db, owed) in by_db {
-            for some in owed.chunks(OF_ONE_DATABASE_MAX) {
-                let keys = some.iter().map(|(key, _, _)| *key).collect();
-                let (tries, db, some) = (self.clone(), db.clone(), some.to_vec());
-                let task = under_way.spawn(async move { tries.attempt(db, some).await });
-                keys_of.insert(task.id(), keys);
-            }
+        if !owed.is_empty() {
+            let keys = owed.iter().map(|due| due.key).collect();
+            let tries = self.clone();
+            let task = under_way.spawn(async move { tries.attempt(owed).await });
+            keys_of.insert(task.id(), keys);
         }
         let next = self.deliveries().book.index().next_due();
-        let wait = next.map(|at| at.duration_since(now).unwrap_or(Duration::from_millis(20)));
+        let wait = next.map(|at| at.duration_since(now).unwrap_or(TOGETHER));
         match room == 0 {
             true => TIDY_EVERY,
             false => wait.unwrap_or(TIDY_EVERY).min(TIDY_EVERY) + Duration::from_millis(1),
         }
     }
 
-    async fn attempt(self: &Arc<Self>, db: DbName, owed: Vec<Due>) {
+    async fn attempt(&self, owed: Vec<Due>) {
         self.arguments.couch.health().up().await;
-        let claims = owed.iter().map(|(key, doc_rev, _)| self.claim(*key, doc_rev));
-        let claims = futures_util::future::join_all(claims).await;
-        let mut claimed: Vec<(Parked, Arc<Rule>)> =
-            claims.into_iter().zip(owed).filter_map(|(claim, (_, _, rule))| Some((claim?, rule))).collect();
-        if claimed.is_empty() {
-            return;
+        let (claimed, until) = self.claim(owed).await;
+        let mut by_db: BTreeMap<DbName, Vec<Claimed>> = BTreeMap::new();
+        for claimed in claimed {
+            by_db.entry(claimed.parked.db.as_str().into()).or_default().push(claimed);
         }
-        let until = Instant::now() + self.deliveries().settings.lease.saturating_sub(LEASE_REST);
         // A database that was made again has equal revisions that are other changes.
-        if let Ok([Some(info)]) = self.arguments.couch.dbs_info(&[&db]).await.as_deref() {
-            claimed.iter_mut().for_each(|(parked, _)| parked.instance_start_time = info.instance_start_time.clone());
+        let dbs: Vec<DbName> = by_db.keys().cloned().collect();
+        for dbs in dbs.chunks(INFOS_MAX) {
+            let names: Vec<&str> = dbs.iter().map(|db| &**db).collect();
+            let infos = self.arguments.couch.dbs_info(&names).await.unwrap_or_default();
+            for (db, info) in dbs.iter().zip(infos) {
+                if let (Some(info), Some(claimed)) = (info, by_db.get_mut(db)) {
+                    claimed.iter_mut().for_each(|it| it.parked.instance_start_time = info.instance_start_time.clone());
+                }
+            }
         }
-        let ids: Vec<String> = claimed.iter().map(|(parked, _)| parked.doc_id.clone()).collect();
-        let include_docs = claimed.iter().any(|(_, rule)| rule.needs_doc());
+        let parts = by_db.into_iter().flat_map(|(db, claimed)| {
+            let mut claimed = claimed.into_iter();
+            let part =
+                move || Some(claimed.by_ref().take(OF_ONE_DATABASE_MAX).collect::<Vec<_>>()).filter(|part| !part.is_empty());
+            std::iter::from_fn(part).map(move |part| (db.clone(), part))
+        });
+        futures_util::future::join_all(parts.map(|(db, claimed)| self.of_database(db, claimed, until))).await;
+    }
+
+    async fn of_database(&self, db: DbName, claimed: Vec<Claimed>, until: Instant) {
+        let ids: Vec<String> = claimed.iter().map(|it| it.parked.doc_id.clone()).collect();
+        let include_docs = claimed.iter().any(|it| it.rule.needs_doc());
+        let permit = self.reads.acquire().await;
         let read = Instant::now();
-        let current = match self.arguments.couch.current_docs(&db, &ids, include_docs).await {
+        let current = self.arguments.couch.current_docs(&db, &ids, include_docs).await;
+        drop(permit);
+        let current = match current {
             Ok(current) => current,
             Err(error) => return self.unread(&db, claimed, &error).await,
         };
         self.missing_dbs.is_there(&db);
-        let claimed = claimed.into_iter().zip(current);
-        let sent = claimed.map(|((parked, rule), current)| self.send(parked, rule, current, (read, until)));
+        let sent = claimed.into_iter().zip(current).map(|(claimed, current)| self.send(claimed, current, (read, until)));
         futures_util::future::join_all(sent).await;
     }
 
-    /// Ours for a while, or None where somebody else has it or it is there no more.
-    async fn claim(&self, key: Key, known_rev: &str) -> Option<Parked> {
-        let (deliveries, now) = (self.deliveries(), SystemTime::now());
-        let again = Some(now + COUCHDB_FAILED);
-        let Ok(doc) = deliveries.store.load(key.doc_id()).await else {
-            deliveries.book.index().landed(&key, again);
-            return None;
+    /// Those that are ours for a while, and until when; without those that somebody else has, or that are there no more.
+    async fn claim(&self, owed: Vec<Due>) -> (Vec<Claimed>, Instant) {
+        let deliveries = self.deliveries();
+        let not_claimed = |key: &Key| deliveries.book.index().landed(key, Some(SystemTime::now() + COUCHDB_FAILED));
+        let Ok(docs) = deliveries.store.load_all(owed.iter().map(|due| due.key.doc_id())).await else {
+            owed.iter().for_each(|due| not_claimed(&due.key));
+            return (Vec::new(), Instant::now());
         };
-        let Some(mut parked) = doc.as_ref().and_then(Parked::read).filter(|parked| parked.state == State::Parked) else {
-            let mut index = deliveries.book.index();
-            index.landed(&key, again);
-            match doc.as_ref().and_then(Parked::read) {
-                Some(ended) => drop(index.put(&ended)),
-                None => drop(index.forget_if(&key, known_rev)),
+        let (now, lease) = (SystemTime::now(), deliveries.settings.lease);
+        let until = Instant::now() + lease.saturating_sub(LEASE_REST);
+        let mut wanted = Vec::with_capacity(owed.len());
+        for (due, doc) in owed.into_iter().zip(docs) {
+            if let Some(mut parked) = self.to_claim(&due, doc.as_ref(), now) {
+                parked.claimed_by = Some(self.arguments.process.to_string());
+                parked.next_attempt_at = Some(now + lease);
+                let doc = parked.write(doc);
+                wanted.push(Claimed { parked, doc, rule: due.rule });
             }
-            return None;
+        }
+        let results = match deliveries.store.save_all(wanted.iter().map(|it| it.doc.clone())).await {
+            Ok(results) => results,
+            Err(_) => {
+                wanted.iter().for_each(|it| not_claimed(&it.parked.key()));
+                return (Vec::new(), until);
+            }
+        };
+        let mut claimed = Vec::with_capacity(wanted.len());
+        for (mut it, result) in wanted.into_iter().zip(results) {
+            match result {
+                WriteResult::Saved { rev } => {
+                    it.doc["_rev"] = Value::from(rev.as_str());
+                    it.parked.doc_rev = rev;
+                    deliveries.book.index().put(&it.parked);
+                    claimed.push(it);
+                }
+                // Somebody else was faster, and the changes will tell; where CouchDB refused, it is asked again.
+                WriteResult::Conflict | WriteResult::Refused { .. } => not_claimed(&it.parked.key()),
+            }
+        }
+        (claimed, until)
+    }
+
+    /// None where somebody else has it or it is there no more.
+    fn to_claim(&self, Due { key, doc_rev, .. }: &Due, doc: Option<&Value>, now: SystemTime) -> Option<Parked> {
+        let mut index = self.deliveries().book.index();
+        let parked = match doc.and_then(Parked::read) {
+            Some(parked) if parked.state == State::Parked => parked,
+            other => {
+                index.landed(key, Some(now + COUCHDB_FAILED));
+                match other {
+                    Some(ended) => drop(index.put(&ended)),
+                    None => drop(index.forget_if(key, doc_rev)),
+                }
+                return None;
+            }
         };
         let is_ours = parked.claimed_by.as_deref() == Some(&self.arguments.process);
         if let (Some(_), false, Some(until)) = (&parked.claimed_by, is_ours, parked.next_attempt_at)
             && until > now
             // A clock that ran ahead must not keep it from everybody.
-            && until <= now + deliveries.settings.lease * 2
+            && until <= now + self.deliveries().settings.lease * 2
         {
-            deliveries.book.index().landed(&key, Some(until));
+            index.landed(key, Some(until));
             return None;
         }
-        parked.claimed_by = Some(self.arguments.process.to_string());
-        parked.next_attempt_at = Some(now + deliveries.settings.lease);
-        match deliveries.store.save(parked.write(doc)).await {
-            Ok(WriteResult::Saved { rev }) => {
-                parked.doc_rev = rev;
-                deliveries.book.index().put(&parked);
-                Some(parked)
-            }
-            // Somebody else was faster, and the changes will tell; where CouchDB refused, it is asked again.
-            _ => {
-                deliveries.book.index().landed(&key, again);
-                None
-            }
-        }
+        Some(parked)
     }
 
-    async fn unread(&self, db: &DbName, claimed: Vec<(Parked, Arc<Rule>)>, error: &CouchError) {
+    async fn unread(&self, db: &DbName, claimed: Vec<Claimed>, error: &CouchError) {
         let after = self.deliveries().settings.assume_deleted_after;
         let is_missing = matches!(error, CouchError::NotFound(_))
             && matches!(self.arguments.couch.dbs_info(&[db]).await.as_deref(), Ok([None]));
@@ -226,10 +287,10 @@ impl Tries {
             tracing::debug!(%db, %error, "cannot read what parked deliveries are about, trying again");
         }
         let deliveries = claimed.len();
-        let ends = claimed.into_iter().map(|(parked, _)| async move {
+        let ends = claimed.into_iter().map(|claimed| async move {
             match is_gone {
-                true => self.end(parked, State::Dropped, "the database is gone").await,
-                false => self.unclaim(parked, pause).await,
+                true => self.end(claimed.parked, State::Dropped, "the database is gone").await,
+                false => self.unclaim(claimed, pause).await,
             }
         });
         futures_util::future::join_all(ends).await;
@@ -262,27 +323,28 @@ impl Tries {
         Newest::Is(Row { seq, id: parked.doc_id.clone(), changes: vec![Rev { rev }], deleted, doc })
     }
 
-    async fn send(&self, parked: Parked, rule: Arc<Rule>, current: Current, (read, until): (Instant, Instant)) {
-        let row = match self.newest(&parked, &rule, current).await {
+    async fn send(&self, claimed: Claimed, current: Current, (read, until): (Instant, Instant)) {
+        let (parked, rule) = (&claimed.parked, claimed.rule.clone());
+        let row = match self.newest(parked, &rule, current).await {
             Newest::Is(row) => row,
-            Newest::Later(pause) => return self.unclaim(parked, pause).await,
-            Newest::Gone => return self.end(parked, State::Dropped, "the document is gone").await,
+            Newest::Later(pause) => return self.unclaim(claimed, pause).await,
+            Newest::Gone => return self.end(claimed.parked, State::Dropped, "the document is gone").await,
         };
         let doc = Document::of(&row);
         if !rule.matches(&doc) {
             // As the feed has it: a state that came and went is not told of.
             tracing::debug!(rule = %rule.id, db = parked.db, "the document's newest state is none of the rule's business");
-            return self.done(parked, row.rev()).await;
+            return self.done(claimed.parked, row.rev()).await;
         }
         let db: DbName = parked.db.as_str().into();
         let (vault, instance) = (&self.arguments.vault, &parked.instance_start_time);
         let mut delivery = match crate::webhook::delivery(vault, &rule, &db, instance, &doc, parked.replays) {
             Ok(delivery) => delivery,
             // The same holds the rule where it has new changes.
-            Err(error) if error.concerns_rule() => return self.unclaim(parked, NOT_NOW * 10).await,
+            Err(error) if error.concerns_rule() => return self.unclaim(claimed, NOT_NOW * 10).await,
             Err(error) => {
                 let failed = Failed { error: error.to_string(), verdict: Verdict::Later, attempts: 0, answer: None };
-                return self.failed(parked, &rule, &failed).await;
+                return self.failed(claimed, &failed).await;
             }
         };
         // In a batch it would take others down with it, or be taken down.
@@ -297,18 +359,18 @@ impl Tries {
         match outcome {
             Ok(Outcome::Done) => {
                 self.deliveries().book.index().accepted(parked.key(), row.rev(), read);
-                self.done(parked, row.rev()).await;
+                self.done(claimed.parked, row.rev()).await;
             }
             Ok(Outcome::Failed(failed)) => {
                 if failed.verdict == Verdict::Gone {
                     self.deliveries().disable(&rule, &db, &failed.error).await;
                 }
-                self.failed(parked, &rule, &failed).await;
+                self.failed(claimed, &failed).await;
             }
-            Ok(Outcome::Unsent { after, .. }) => self.unclaim(parked, after.mul_f64(1.0 + 0.2 * fastrand::f64())).await,
+            Ok(Outcome::Unsent { after, .. }) => self.unclaim(claimed, after.mul_f64(1.0 + 0.2 * fastrand::f64())).await,
             // The request was cut off by our own end: whoever comes next makes it again at once.
-            Err(_) if self.deliveries().book.stopping.is_cancelled() => self.unclaim(parked, Duration::ZERO).await,
-            Ok(Outcome::Missing { .. }) | Err(_) => self.unclaim(parked, COUCHDB_FAILED).await,
+            Err(_) if self.deliveries().book.stopping.is_cancelled() => self.unclaim(claimed, Duration::ZERO).await,
+            Ok(Outcome::Missing { .. }) | Err(_) => self.unclaim(claimed, COUCHDB_FAILED).await,
         }
     }
 
@@ -346,22 +408,20 @@ impl Tries {
         }
     }
 
-    async fn failed(&self, parked: Parked, rule: &Rule, failed: &Failed) {
-        let patience = self.deliveries().settings.patience.of(&rule.handling.retry);
-        self.update_claimed(parked.key(), |parked| {
+    async fn failed(&self, claimed: Claimed, failed: &Failed) {
+        let patience = self.deliveries().settings.patience.of(&claimed.rule.handling.retry);
+        self.give_back(claimed, |parked| {
             parked.retries = parked.retries.saturating_add(1);
             let now = SystemTime::now();
             failed_again(parked, failed, now, |verdict, history| patience.next(verdict, history, now, fastrand::f64()));
-            true
         })
         .await;
     }
 
-    async fn unclaim(&self, parked: Parked, after: Duration) {
-        self.update_claimed(parked.key(), |parked| {
+    async fn unclaim(&self, claimed: Claimed, after: Duration) {
+        self.give_back(claimed, |parked| {
             parked.claimed_by = None;
             parked.next_attempt_at = Some(SystemTime::now() + after);
-            true
         })
         .await;
     }
@@ -376,13 +436,32 @@ impl Tries {
     }
 
     /// Writes what a try came to, unless somebody else claimed it meanwhile: then it is theirs to say.
-    async fn update_claimed(&self, key: Key, change: impl FnMut(&mut Parked) -> bool) {
-        let is_mine = |parked: &Parked| parked.claimed_by.as_deref().is_none_or(|by| *by == *self.arguments.process);
-        self.update_where(key, is_mine, change).await;
+    async fn give_back(&self, Claimed { mut parked, doc, .. }: Claimed, mut change: impl FnMut(&mut Parked)) {
+        let (deliveries, key) = (self.deliveries(), parked.key());
+        change(&mut parked);
+        // Hardly ever did somebody write it since.
+        match deliveries.store.save(parked.write(Some(doc))).await {
+            Ok(WriteResult::Saved { rev }) => {
+                parked.doc_rev = rev;
+                let mut index = deliveries.book.index();
+                index.landed(&key, None);
+                index.put(&parked);
+                drop(index);
+                deliveries.book.changed.notify_one();
+            }
+            _ => {
+                let is_mine = |parked: &Parked| parked.claimed_by.as_deref().is_none_or(|by| *by == *self.arguments.process);
+                self.update_where(key, is_mine, |parked| {
+                    change(parked);
+                    true
+                })
+                .await;
+            }
+        }
     }
 
     /// The same, whoever has it.
-    async fn update(&self, key: Key, change: impl FnMut(&mut Parked) -> bool) {
+    pub async fn update(&self, key: Key, change: impl FnMut(&mut Parked) -> bool) {
         self.update_where(key, |_| true, change).await;
     }
 
@@ -450,88 +529,6 @@ impl Tries {
             }
         }
     }
-
-    /// Rules with parked deliveries that are no more, and have not been for a while: one that is written anew, as a deployment
-    /// does, is the same rule.
-    fn deleted_rules(&self, snapshot: &Snapshot) -> HashSet<Arc<str>> {
-        let parked = self.deliveries().book.index().parked_of_rules();
-        let absent = parked.into_iter().map(|(rule, _)| rule).filter(|rule| snapshot.rule(rule).is_none());
-        let absent: HashSet<Arc<str>> = absent.filter(|rule| !snapshot.is_invalid_rule(rule)).collect();
-        self.missing_rules.keep(|rule| absent.contains(rule));
-        let after = self.deliveries().settings.assume_deleted_after;
-        absent.into_iter().filter(|rule| self.missing_rules.is_gone(rule.clone(), after)).collect()
-    }
-
-    /// Ends what is owed by a rule that is no more, and forgets what ended long ago.
-    async fn tidy(&self, snapshot: &Snapshot) {
-        let settings = &self.deliveries().settings;
-        self.missing_dbs.forget_after(settings.assume_deleted_after * 2 + NOT_NOW * 4);
-        self.missing_docs.forget_after(settings.assume_deleted_after * 2 + NOT_NOW * 4);
-        let deleted = &self.deleted_rules(snapshot);
-        let (unwanted, before, counts) = {
-            let mut index = self.deliveries().book.index();
-            index.forget_accepted(Instant::now());
-            let unwanted = index.unwanted(TIDY_MAX, |entry| unwanted_because(entry, snapshot, deleted).is_some());
-            let before = SystemTime::now().checked_sub(settings.retention).unwrap_or(SystemTime::UNIX_EPOCH);
-            let disabled = index.disabled().count();
-            self.arguments.metrics.rules_disabled.set(i64::try_from(disabled).unwrap_or(i64::MAX));
-            (unwanted, before, State::ALL.map(|state| (state, index.count(state))))
-        };
-        for (state, count) in counts {
-            let gauge = self.arguments.metrics.deliveries.get_or_create_owned(&StateLabels { state: state.name() });
-            gauge.set(i64::try_from(count).unwrap_or(i64::MAX));
-        }
-        let ends = unwanted.into_iter().map(|(key, entry)| async move {
-            let reason = unwanted_because(&entry, snapshot, deleted).unwrap_or_default();
-            self.update(key, |parked| {
-                parked.end(State::Dropped, reason, SystemTime::now());
-                true
-            })
-            .await;
-            entry.rule
-        });
-        let mut dropped: BTreeMap<Arc<str>, usize> = BTreeMap::new();
-        for rule in futures_util::future::join_all(ends).await {
-            *dropped.entry(rule).or_default() += 1;
-        }
-        for (rule, deliveries) in dropped {
-            tracing::warn!(%rule, deliveries, "parked deliveries were dropped, because nobody wants them any more; they stay listed");
-        }
-        self.forget_ended(before).await;
-    }
-
-    /// What ended is listed for a while, and not without bound: the oldest go first.
-    async fn forget_ended(&self, before: SystemTime) {
-        let listed = self.deliveries().settings.bounds.all;
-        let beyond = self.deliveries().book.index().ended_beyond(listed);
-        if beyond > 0 {
-            if !self.lists_less.swap(true, Ordering::Relaxed) {
-                tracing::warn!(
-                    deliveries = beyond,
-                    listed,
-                    "more deliveries are dead or dropped than are listed (deliveries.max), the oldest are not listed any more"
-                );
-            }
-        } else if self.deliveries().book.index().ended_beyond(listed / 2) == 0 {
-            self.lists_less.store(false, Ordering::Relaxed);
-        }
-        for _ in 0..TIDY_ROUNDS_MAX {
-            let old = self.deliveries().book.index().ended_before(before, listed, TIDY_MAX);
-            let is_last = old.len() < TIDY_MAX;
-            let deletions = old.into_iter().map(|(key, entry)| async move {
-                let gone = json!({ "_id": key.doc_id(), "_rev": entry.doc_rev, "_deleted": true });
-                let is_gone = matches!(self.deliveries().store.save(gone).await, Ok(WriteResult::Saved { .. }));
-                if is_gone {
-                    self.deliveries().book.index().forget_if(&key, &entry.doc_rev);
-                }
-                is_gone
-            });
-            let gone = futures_util::future::join_all(deletions).await;
-            if is_last || !gone.contains(&true) {
-                return;
-            }
-        }
-    }
 }
 
 /// When else, where its rule cannot be applied now.
@@ -550,13 +547,4 @@ fn not_now(
     }
     let closed = breakers.open_until(rule.lane.as_deref()?)?.saturating_duration_since(tokio::time::Instant::now());
     Some(now + closed.mul_f64(1.0 + 0.1 * fastrand::f64()))
-}
-
-/// Why nobody wants it any more. A rule that is damaged for the moment, or away for a moment, is no such reason.
-fn unwanted_because(entry: &Entry, snapshot: &Snapshot, deleted: &HashSet<Arc<str>>) -> Option<&'static str> {
-    match snapshot.rule(&entry.rule) {
-        None => deleted.contains(&entry.rule).then_some("its rule was deleted"),
-        Some(rule) if !rule.matches_name(&entry.db) => Some("its rule does not match the database any more"),
-        Some(_) => None,
-    }
 }

@@ -26,8 +26,6 @@ pub struct Entry {
     pub doc_id: Box<str>,
     /// When it is tried next, or when it was given up.
     at: SystemTime,
-    /// A try of ours is under way.
-    in_flight: bool,
 }
 
 /// How a key stands when a change of it is to be delivered.
@@ -45,6 +43,8 @@ pub enum Standing {
 pub struct Index {
     is_loaded: bool,
     entries: HashMap<Key, Entry>,
+    /// Tries of ours that are under way, whatever becomes of their documents.
+    in_flight: HashSet<Key>,
     /// What is parked and not in flight, by the time of its next try.
     due: BTreeSet<(SystemTime, Key)>,
     /// What is dead or dropped, by its end.
@@ -128,8 +128,6 @@ impl Index {
     pub fn put_as_read(&mut self, parked: &Parked) -> bool {
         let key = parked.key();
         let was = self.remove(&key);
-        // Our own try goes on, whoever wrote the document; its end looks at the revision.
-        let in_flight = was.as_ref().is_some_and(|was| was.in_flight);
         let rule: Arc<str> = match self.pairs.get_key_value(parked.rule.as_str()) {
             Some((rule, _)) => rule.clone(),
             None => parked.rule.as_str().into(),
@@ -156,7 +154,6 @@ impl Index {
             db,
             doc_id: parked.doc_id.as_str().into(),
             at: at.unwrap_or(SystemTime::UNIX_EPOCH),
-            in_flight,
         };
         self.counts[entry.state as usize] += 1;
         let mut is_first = false;
@@ -165,7 +162,8 @@ impl Index {
                 let parked = self.parked_of_rule.entry(rule).or_default();
                 *parked += 1;
                 is_first = *parked == 1 && was.is_none_or(|was| was.state != State::Parked);
-                if !in_flight {
+                // Our own try goes on, whoever wrote the document; its end looks at the revision.
+                if !self.in_flight.contains(&key) {
                     self.due.insert((entry.at, key));
                 }
             }
@@ -183,15 +181,12 @@ impl Index {
 
     /// As `forget`, unless a try of ours is under way, whose end will see it.
     pub fn forget_idle(&mut self, key: &Key) -> bool {
-        match self.entries.get(key) {
-            Some(entry) if !entry.in_flight => self.forget(key),
-            _ => false,
-        }
+        !self.in_flight.contains(key) && self.forget(key)
     }
 
     /// The document was seen deleted in this revision. The rule, where it was the last parked one of it.
     pub fn forget_idle_until(&mut self, key: &Key, deleted_rev: &str) -> Option<Arc<str>> {
-        let rule = self.entries.get(key).filter(|entry| !entry.in_flight)?.rule.clone();
+        let rule = self.entries.get(key).filter(|_| !self.in_flight.contains(key))?.rule.clone();
         self.forget_until(key, deleted_rev).then_some(rule)
     }
 
@@ -261,9 +256,7 @@ impl Index {
             let Some((at, key)) = self.due.first().copied().filter(|(at, _)| *at <= now) else { break };
             self.due.remove(&(at, key));
             let known = self.entries.get_mut(&key);
-            let Some(entry) = known.filter(|entry| entry.state == State::Parked && !entry.in_flight && entry.at == at) else {
-                continue;
-            };
+            let Some(entry) = known.filter(|entry| entry.state == State::Parked && entry.at == at) else { continue };
             match postpone(entry) {
                 Some(later) => {
                     // Never to a time that is due already: this loop would not end.
@@ -271,7 +264,7 @@ impl Index {
                     self.due.insert((entry.at, key));
                 }
                 None => {
-                    entry.in_flight = true;
+                    self.in_flight.insert(key);
                     taken.push((key, entry.clone()));
                 }
             }
@@ -281,8 +274,8 @@ impl Index {
 
     /// A try is over, and what came of it is in the database, or `again` says when to look at it once more.
     pub fn landed(&mut self, key: &Key, again: Option<SystemTime>) {
+        self.in_flight.remove(key);
         let Some(entry) = self.entries.get_mut(key) else { return };
-        entry.in_flight = false;
         if entry.state != State::Parked {
             return;
         }
@@ -293,16 +286,15 @@ impl Index {
 
     /// Whoever made tries is gone, and with them what they had in flight.
     pub fn land_all(&mut self) {
-        let parked = self.entries.iter_mut().filter(|(_, entry)| entry.state == State::Parked);
-        for (key, entry) in parked {
-            if std::mem::take(&mut entry.in_flight) {
-                self.due.insert((entry.at, *key));
+        for key in std::mem::take(&mut self.in_flight) {
+            if let Some(entry) = self.entries.get(&key).filter(|entry| entry.state == State::Parked) {
+                self.due.insert((entry.at, key));
             }
         }
     }
 
-    pub fn is_any_in_flight(&self) -> bool {
-        self.entries.values().any(|entry| entry.in_flight)
+    pub fn in_flight(&self) -> usize {
+        self.in_flight.len()
     }
 
     pub fn next_due(&self) -> Option<SystemTime> {
@@ -584,10 +576,9 @@ mod tests {
                 for (when, key) in &index.due {
                     prop_assert_eq!(index.entries[key].at, *when);
                 }
-                let parked = index.entries.values().filter(|entry| entry.state == State::Parked);
-                let waiting = parked.clone().filter(|entry| !entry.in_flight).count();
-                prop_assert_eq!(index.due.len(), waiting);
-                prop_assert_eq!(index.count(State::Parked), parked.count());
+                let parked = index.entries.iter().filter(|(_, entry)| entry.state == State::Parked);
+                prop_assert_eq!(index.count(State::Parked), parked.clone().count());
+                prop_assert_eq!(index.due.len(), parked.filter(|(key, _)| !index.in_flight.contains(key)).count());
                 prop_assert_eq!(index.ended.len(), index.count(State::Dropped));
                 let in_pairs: usize = index.pairs.values().flat_map(|dbs| dbs.values()).sum();
                 prop_assert_eq!(in_pairs, index.count(State::Parked));
