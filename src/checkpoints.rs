@@ -39,6 +39,8 @@ pub enum Message {
         reply: oneshot::Sender<WriteResult>,
     },
     WaitedLongEnough,
+    /// Whatever was asked in the same moment is here now.
+    Begin,
     /// The end is near: nothing waits any more.
     Hurry,
     LoadDone,
@@ -197,6 +199,7 @@ pub struct State {
     along: Vec<(Value, Reply)>,
     timer: Option<AbortHandle>,
     is_hurried: bool,
+    is_beginning: bool,
     loading: Option<AbortHandle>,
     saving: Option<AbortHandle>,
 }
@@ -237,12 +240,14 @@ impl Actor for CheckpointsActor {
             along: Vec::new(),
             timer: None,
             is_hurried: false,
+            is_beginning: false,
             loading: None,
             saving: None,
         })
     }
 
     async fn handle(&self, myself: ActorRef<Message>, message: Message, state: &mut State) -> Result<(), ActorProcessingErr> {
+        let begins = matches!(message, Message::Begin | Message::LoadDone | Message::SaveDone);
         match message {
             Message::Load { id, reply } => state.loads.push((id, reply)),
             Message::Save { doc, reply } => {
@@ -278,8 +283,19 @@ impl Actor for CheckpointsActor {
                 state.saves.append(&mut state.along);
             }
             Message::Crashed => return Err("a request for our own documents crashed".into()),
+            Message::Begin => state.is_beginning = false,
             Message::LoadDone => state.loading = None,
             Message::SaveDone => state.saving = None,
+        }
+        let can_begin =
+            (state.loading.is_none() && !state.loads.is_empty()) || (state.saving.is_none() && !state.saves.is_empty());
+        if !can_begin || state.is_beginning {
+            return Ok(());
+        }
+        if !begins {
+            state.is_beginning = true;
+            let _ = myself.cast(Message::Begin);
+            return Ok(());
         }
         if state.loading.is_none() && !state.loads.is_empty() {
             let batch: Vec<_> = state.loads.drain(..state.loads.len().min(BATCH_MAX)).collect();
