@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{oneshot, watch};
 
 /// A receiver is not slow before this.
-const PATIENCE: Duration = Duration::from_millis(100);
+pub const PATIENCE: Duration = Duration::from_millis(100);
 
 /// When a page goes on without its slow deliveries.
 #[derive(Clone, Copy)]
@@ -27,6 +27,7 @@ pub struct Leave<'a> {
     pub is_wanted: bool,
     /// There are rules with nothing under way, on this page or elsewhere: nobody else needs to be done first.
     pub has_others: bool,
+    pub patience: Duration,
 }
 
 pub struct Pending {
@@ -85,7 +86,7 @@ pub async fn gather(
     }
     let mut first_done = leave.filter(|leave| leave.has_others).map(|_| Duration::ZERO);
     loop {
-        let slow_at = leave.and(first_done).map(|took| started + took + took.max(PATIENCE));
+        let slow_at = leave.zip(first_done).map(|(leave, took)| started + took + took.max(leave.patience));
         let ended = tokio::select! {
             biased;
             ended = flying.next() => ended,

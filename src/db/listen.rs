@@ -9,7 +9,7 @@ use crate::couch::{Changes, ChangesQuery, Couch, CouchError, Seq, WriteResult};
 use crate::db::Instance;
 use crate::db::deliver::{Addressee, DISABLED_FOR, Delivered, Means, RuleFailure, Wait, deliver};
 use crate::db::failing::Failing;
-use crate::db::gather::Leave;
+use crate::db::gather::{Leave, PATIENCE};
 use crate::db::known;
 use crate::db::late::Late;
 use crate::db::positions::{Positions, RuleId, RuleStart};
@@ -394,6 +394,8 @@ impl Listener {
         let group = self.positions.group(index);
         let leaving = self.leaving.as_ref().filter(|_| has_others || rules.rules().len() > 1);
         let is_wanted = others_wait || (rules.rules().len() > 1 && page.pending.is_some_and(|pending| pending > 0));
+        // One that is tried again after a failure has lost its right to be waited for.
+        let patience = if group.hold.is_some() { Duration::ZERO } else { PATIENCE };
         let to = Addressee {
             db: &self.db,
             instance_start_time: self.instance_start_time.as_deref().unwrap_or_default(),
@@ -402,7 +404,7 @@ impl Listener {
             failing: &self.failing,
             probing: group.is_probing(),
             received,
-            leave: leaving.map(|leaving| Leave { more: &leaving.more, is_wanted, has_others }),
+            leave: leaving.map(|leaving| Leave { more: &leaving.more, is_wanted, has_others, patience }),
         };
         let means = Means { pool: &tools.webhooks, vault: &tools.vault, deliveries: &tools.deliveries };
         let delivering = deliver(&means, to, &page.rows, &mut self.late);

@@ -200,7 +200,9 @@ impl Positions {
     pub fn next_read(&self, now: SystemTime) -> Option<usize> {
         let ready =
             || self.groups.iter().enumerate().filter(|(_, group)| group.hold.as_ref().is_none_or(|hold| hold.until <= now));
-        if let Some((index, _)) = ready().find(|(_, group)| group.at_end.is_none() && group.budget != Some(0)) {
+        // What failed is tried again after those that did not.
+        let reads = ready().filter(|(_, group)| group.at_end.is_none() && group.budget != Some(0));
+        if let Some((index, _)) = reads.min_by_key(|(_, group)| group.hold.is_some()) {
             return Some(index);
         }
         if ready().any(|(_, group)| group.at_end.is_none()) {
@@ -513,6 +515,23 @@ mod tests {
         let doc = stored(&positions);
         assert!(doc.get("ahead").is_none(), "{doc}");
         assert_ne!(doc["last_seq"], "0");
+    }
+
+    #[test]
+    fn what_failed_is_tried_again_after_those_that_did_not() {
+        let mut positions = Positions::load(Some(&json!({ "last_seq": "0" })), &[rule("dead"), rule("live")]);
+        positions.begin_run();
+        positions.page_done(0, failing(page(&["1", "2"], true), "dead", 0), |_, _| SystemTime::UNIX_EPOCH);
+        let now = SystemTime::now();
+        for held_first in [false, true] {
+            positions.groups.sort_by_key(|group| group.hold.is_some() != held_first);
+            positions.begin_run();
+            for expected in ["live", "dead"] {
+                let index = positions.next_read(now).unwrap();
+                assert!(positions.group(index).rules.contains(expected), "{expected}, {positions:?}");
+                positions.groups[index].at_end = Some(1);
+            }
+        }
     }
 
     #[test]
