@@ -16,6 +16,8 @@ use tokio_util::task::AbortOnDropHandle;
 const CONCURRENCY: usize = 16;
 /// Connections for documents: with more, two cores write no faster.
 const WRITERS: usize = 32;
+/// Others may write there all the time.
+const REST_MAX: Duration = Duration::from_secs(60);
 
 #[derive(Clone)]
 pub struct Couch {
@@ -54,6 +56,18 @@ impl Couch {
             bail!("{method} /{path}: {status} {body}");
         }
         Ok(body)
+    }
+
+    /// Until CouchDB compacts and indexes nothing: that is most of its work for a while after many writes.
+    pub async fn at_rest(&self) -> anyhow::Result<()> {
+        let deadline = Instant::now() + REST_MAX;
+        let mut idle = 0;
+        while idle < 3 && Instant::now() < deadline {
+            let tasks = self.ask(Method::GET, "_active_tasks", None).await?;
+            idle = if tasks.as_array().is_some_and(Vec::is_empty) { idle + 1 } else { 0 };
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+        Ok(())
     }
 
     pub async fn create_db(&self, db: &str) -> anyhow::Result<()> {

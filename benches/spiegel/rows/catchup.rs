@@ -21,7 +21,7 @@ pub async fn measure(bench: &Bench, documents: usize) -> anyhow::Result<()> {
     anyhow::ensure!(couch.doc_count(&dbs[0]).await? == documents as u64, "not every document was written");
     let program = Program::start(bench, "catchup", &[]).await?;
     // CouchDB is still busy with the documents a moment later.
-    tokio::time::sleep(Duration::from_secs(3)).await;
+    couch.at_rest().await?;
 
     let requests_before = program.requests().await?.values().sum::<f64>();
     let (spiegel, bench_itself, all) = (program.cpu_seconds()?, cpu_seconds_of("self")?, cpu_seconds_of_all()?);
