@@ -201,7 +201,10 @@ impl Actor for DbActor {
             }
             Message::LateEnded => {
                 state.more.send_replace(true);
-                state.hint(&myself, now);
+                if state.retry_at.is_none() {
+                    let next = state.debounce.retry_after(now);
+                    state.follow(&myself, next);
+                }
             }
             Message::Spill { done } => {
                 state.seen += 1;
@@ -446,7 +449,7 @@ impl State {
         let held_is_due = self.held_until().is_some_and(|due| due <= SystemTime::now());
         let retry_is_due = self.retry_at.is_some_and(|at| at <= now);
         let next = match held_is_due || retry_is_due {
-            true => self.debounce.run(),
+            true => self.debounce.retry(),
             false if self.retry_at.is_none() => self.debounce.timer(now),
             false => Next::Nothing,
         };

@@ -16,21 +16,33 @@ pub enum Next {
 pub struct Debounce {
     quiet: Duration,
     longest: Duration,
-    running: bool,
+    running: Option<Run>,
+    /// The end of the last run that hints had asked for.
     ended: Option<Instant>,
     /// The first and the latest hint that no run has taken yet.
     hints: Option<(Instant, Instant)>,
+    /// They came to an idle database and wait for a retry only.
+    is_urgent: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Run {
+    Hinted,
+    /// Nobody told of a change: it makes the database no busier.
+    Retry,
 }
 
 impl Debounce {
     pub fn new(quiet: Duration, longest: Duration) -> Self {
-        Self { quiet, longest, running: false, ended: None, hints: None }
+        Self { quiet, longest, running: None, ended: None, hints: None, is_urgent: false }
     }
 
     pub fn hint(&mut self, now: Instant) -> Next {
         let calm = self.hints.is_none() && self.ended.is_none_or(|ended| now.saturating_duration_since(ended) >= self.quiet);
-        if !self.running && calm {
-            return self.run();
+        match self.running {
+            None if calm => return self.begin(Run::Hinted),
+            Some(Run::Retry) if calm => self.is_urgent = true,
+            _ => {}
         }
         let first = self.hints.map_or(now, |(first, _)| first);
         self.hints = Some((first, now));
@@ -38,41 +50,56 @@ impl Debounce {
     }
 
     pub fn run_ended(&mut self, now: Instant) -> Next {
-        self.running = false;
-        self.ended = Some(now);
+        if self.running.take() == Some(Run::Hinted) {
+            self.ended = Some(now);
+        }
         self.next(now)
     }
 
     /// The timer of `WaitUntil` fired, perhaps late or for an older deadline.
     pub fn timer(&mut self, now: Instant) -> Next {
         match self.next(now) {
-            Next::WaitUntil(at) if at <= now => self.run(),
+            Next::WaitUntil(at) if at <= now => self.begin(Run::Hinted),
             next => next,
         }
     }
 
     /// A run that must not wait: a held rule's time has come.
-    pub fn run(&mut self) -> Next {
-        if self.running {
-            return Next::Nothing;
+    pub fn retry(&mut self) -> Next {
+        match (self.running, self.hints) {
+            (Some(_), _) => Next::Nothing,
+            (None, Some(_)) => self.begin(Run::Hinted),
+            (None, None) => self.begin(Run::Retry),
         }
-        self.running = true;
+    }
+
+    /// The same, and a run that is under way may be past it.
+    pub fn retry_after(&mut self, now: Instant) -> Next {
+        if self.is_running() { self.hint(now) } else { self.retry() }
+    }
+
+    fn begin(&mut self, run: Run) -> Next {
+        self.running = Some(run);
         self.hints = None;
+        self.is_urgent = false;
         Next::RunNow
     }
 
     pub fn is_running(&self) -> bool {
-        self.running
+        self.running.is_some()
     }
 
     pub fn is_idle(&self) -> bool {
-        !self.running && self.hints.is_none()
+        !self.is_running() && self.hints.is_none()
     }
 
     /// What it waits for.
     pub fn next(&self, now: Instant) -> Next {
         match self.hints {
-            Some((first, latest)) if !self.running => Next::WaitUntil((latest + self.quiet).min(first + self.longest).max(now)),
+            Some(_) if !self.is_running() && self.is_urgent => Next::WaitUntil(now),
+            Some((first, latest)) if !self.is_running() => {
+                Next::WaitUntil((latest + self.quiet).min(first + self.longest).max(now))
+            }
             _ => Next::Nothing,
         }
     }
@@ -123,6 +150,56 @@ mod tests {
     }
 
     #[test]
+    fn a_retry_keeps_no_hint_waiting_longer_than_itself() {
+        let start = Instant::now();
+        let mut debounce = Debounce::new(QUIET, LONGEST);
+        assert_eq!(debounce.retry(), Next::RunNow);
+        assert_eq!(debounce.hint(start), Next::Nothing);
+        assert_eq!(debounce.hint(start + ms(5)), Next::Nothing);
+        assert_eq!(debounce.run_ended(start + ms(10)), Next::WaitUntil(start + ms(10)));
+        assert_eq!(debounce.timer(start + ms(10)), Next::RunNow);
+        debounce.run_ended(start + ms(20));
+        // Now it is busy, whatever is tried again.
+        assert_eq!(debounce.retry(), Next::RunNow);
+        assert_eq!(debounce.hint(start + ms(30)), Next::Nothing);
+        assert_eq!(debounce.run_ended(start + ms(40)), Next::WaitUntil(start + ms(30) + QUIET));
+        assert_eq!(debounce.timer(start + ms(30) + QUIET), Next::RunNow);
+        debounce.run_ended(start + ms(300));
+        assert_eq!(debounce.retry(), Next::RunNow);
+        debounce.run_ended(start + ms(320) + QUIET);
+        assert_eq!(
+            debounce.hint(start + ms(321) + QUIET),
+            Next::RunNow,
+            "a retry has just ended, and the last change was long ago"
+        );
+    }
+
+    #[test]
+    fn a_retry_takes_the_hints_that_wait() {
+        let start = Instant::now();
+        let mut debounce = Debounce::new(QUIET, LONGEST);
+        debounce.hint(start);
+        debounce.run_ended(start + ms(10));
+        assert_eq!(debounce.hint(start + ms(20)), Next::WaitUntil(start + ms(20) + QUIET));
+        assert_eq!(debounce.retry(), Next::RunNow);
+        assert_eq!(debounce.run_ended(start + ms(30)), Next::Nothing);
+        assert_eq!(debounce.hint(start + ms(40)), Next::WaitUntil(start + ms(40) + QUIET));
+    }
+
+    #[test]
+    fn what_ends_during_a_run_is_looked_at_after_it() {
+        let start = Instant::now();
+        let mut debounce = Debounce::new(QUIET, LONGEST);
+        debounce.hint(start);
+        assert_eq!(debounce.retry(), Next::Nothing);
+        assert_eq!(debounce.retry_after(start), Next::Nothing);
+        assert_eq!(debounce.run_ended(start + ms(10)), Next::WaitUntil(start + QUIET));
+        debounce.timer(start + QUIET);
+        debounce.run_ended(start + QUIET);
+        assert_eq!(debounce.retry_after(start + QUIET), Next::RunNow);
+    }
+
+    #[test]
     fn a_database_written_without_pause_still_runs() {
         let start = Instant::now();
         let mut debounce = Debounce::new(QUIET, LONGEST);
@@ -141,12 +218,15 @@ mod tests {
     proptest! {
         /// No hint waits longer than `longest` once the database is not running, and none is forgotten.
         #[test]
-        fn every_hint_is_followed_by_a_run_in_time(gaps in prop::collection::vec(0u64..600, 1..60), run_ms in 0u64..400) {
+        fn every_hint_is_followed_by_a_run_in_time(
+            events in prop::collection::vec((0u64..600, prop::bool::weighted(0.3)), 1..60),
+            run_ms in 0u64..400,
+        ) {
             let mut now = Instant::now();
             let mut debounce = Debounce::new(QUIET, LONGEST);
             let mut waiting_since: Option<Instant> = None;
             let mut running_until: Option<Instant> = None;
-            for gap in gaps {
+            for (gap, is_retry) in events {
                 let hint_at = now + ms(gap);
                 while let Some(next) = [running_until, deadline(&debounce, now)].into_iter().flatten().min().filter(|t| *t <= hint_at) {
                     now = now.max(next);
@@ -161,8 +241,12 @@ mod tests {
                     }
                 }
                 now = hint_at;
-                match debounce.hint(now) {
-                    Next::RunNow => running_until = Some(now + ms(run_ms)),
+                match if is_retry { debounce.retry() } else { debounce.hint(now) } {
+                    Next::RunNow => {
+                        waiting_since = None;
+                        running_until = Some(now + ms(run_ms));
+                    }
+                    _ if is_retry => {}
                     _ => { waiting_since.get_or_insert(now); }
                 }
             }
