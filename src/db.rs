@@ -202,7 +202,7 @@ impl Actor for DbActor {
             Message::LateEnded => {
                 state.more.send_replace(true);
                 if state.retry_at.is_none() {
-                    let next = state.debounce.retry_after(now);
+                    let next = state.debounce.retry_after();
                     state.follow(&myself, next);
                 }
             }

@@ -21,7 +21,7 @@ pub struct Debounce {
     ended: Option<Instant>,
     /// The first and the latest hint that no run has taken yet.
     hints: Option<(Instant, Instant)>,
-    /// They came to an idle database and wait for a retry only.
+    /// The run under way is all that is waited for.
     is_urgent: bool,
 }
 
@@ -59,7 +59,7 @@ impl Debounce {
     /// The timer of `WaitUntil` fired, perhaps late or for an older deadline.
     pub fn timer(&mut self, now: Instant) -> Next {
         match self.next(now) {
-            Next::WaitUntil(at) if at <= now => self.begin(Run::Hinted),
+            Next::WaitUntil(at) if at <= now => self.retry(),
             next => next,
         }
     }
@@ -74,8 +74,9 @@ impl Debounce {
     }
 
     /// The same, and a run that is under way may be past it.
-    pub fn retry_after(&mut self, now: Instant) -> Next {
-        if self.is_running() { self.hint(now) } else { self.retry() }
+    pub fn retry_after(&mut self) -> Next {
+        self.is_urgent |= self.is_running();
+        self.retry()
     }
 
     fn begin(&mut self, run: Run) -> Next {
@@ -90,17 +91,16 @@ impl Debounce {
     }
 
     pub fn is_idle(&self) -> bool {
-        !self.is_running() && self.hints.is_none()
+        !self.is_running() && self.hints.is_none() && !self.is_urgent
     }
 
     /// What it waits for.
     pub fn next(&self, now: Instant) -> Next {
         match self.hints {
-            Some(_) if !self.is_running() && self.is_urgent => Next::WaitUntil(now),
-            Some((first, latest)) if !self.is_running() => {
-                Next::WaitUntil((latest + self.quiet).min(first + self.longest).max(now))
-            }
-            _ => Next::Nothing,
+            _ if self.is_running() => Next::Nothing,
+            _ if self.is_urgent => Next::WaitUntil(now),
+            Some((first, latest)) => Next::WaitUntil((latest + self.quiet).min(first + self.longest).max(now)),
+            None => Next::Nothing,
         }
     }
 }
@@ -192,11 +192,14 @@ mod tests {
         let mut debounce = Debounce::new(QUIET, LONGEST);
         debounce.hint(start);
         assert_eq!(debounce.retry(), Next::Nothing);
-        assert_eq!(debounce.retry_after(start), Next::Nothing);
-        assert_eq!(debounce.run_ended(start + ms(10)), Next::WaitUntil(start + QUIET));
-        debounce.timer(start + QUIET);
-        debounce.run_ended(start + QUIET);
-        assert_eq!(debounce.retry_after(start + QUIET), Next::RunNow);
+        assert_eq!(debounce.run_ended(start), Next::Nothing);
+        assert_eq!(debounce.retry_after(), Next::RunNow);
+        assert_eq!(debounce.retry_after(), Next::Nothing);
+        assert_eq!(debounce.run_ended(start + ms(10)), Next::WaitUntil(start + ms(10)));
+        assert!(!debounce.is_idle());
+        assert_eq!(debounce.timer(start + ms(10)), Next::RunNow);
+        assert_eq!(debounce.run_ended(start + ms(20)), Next::Nothing);
+        assert!(debounce.is_idle());
     }
 
     #[test]
