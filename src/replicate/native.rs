@@ -16,6 +16,7 @@ pub mod documents;
 pub mod elements;
 pub mod gate;
 pub mod gather;
+pub mod overlap;
 pub mod parameters;
 pub mod peer;
 pub mod run;
@@ -116,6 +117,7 @@ impl NativeEngine {
             source_after: settings.source_checkpoint_after,
             again: Again::default(),
             remembered: Remembered::default(),
+            overlapping: Remembered::default(),
         });
         let (saver, watcher) = (behind.clone(), behind.clone());
         let watched = couch.clone();

@@ -7,6 +7,7 @@
 use super::behind::{Behind, Checked};
 use super::checkpoint::{Checkpoint, common_ancestor};
 use super::documents::{Transfer, TransferError};
+use super::overlap::{Found, Overlap};
 use super::parameters::{Parameters, Selection};
 use super::peer::{ChangesRequest, ChangesRow, Page, Peer};
 use super::slots::{Anchor, Position, Slot, SourceBehind, Unsaved};
@@ -59,8 +60,16 @@ struct Begin {
     /// None where no checkpoints are kept.
     anchor: Option<Anchor>,
     source_behind: SourceBehind,
+    overlap: Option<Arc<Overlap>>,
     /// The position was confirmed: what comes after it is new to the target.
     is_known: bool,
+}
+
+/// What comes after a known position.
+struct Ahead {
+    position: Position,
+    news: News,
+    page: Result<Arc<Page>>,
 }
 
 impl Run<'_> {
@@ -81,7 +90,7 @@ impl Run<'_> {
     }
 
     async fn pages(&self, begin: Begin, is_news: bool, slot: &mut Slot, done: &mut Done) -> Result<()> {
-        let Begin { page, since: start, mut anchor, mut source_behind, .. } = begin;
+        let Begin { page, since: start, mut anchor, mut source_behind, mut overlap, .. } = begin;
         let begun = Instant::now();
         let has_new_documents = page.rows.iter().filter(|row| is_first(row)).count() * 2 >= page.rows.len();
         let epoch = self.behind.slots.epoch();
@@ -92,7 +101,7 @@ impl Run<'_> {
         let mut reading: Fuse<BoxFuture<'_, Result<Arc<Page>>>> = Fuse::terminated();
         let mut arrived = Some(page);
         let mut started = SystemTime::now();
-        let mut from = start;
+        let (mut from, mut first) = (start.clone(), Some(start));
         loop {
             if let Some(page) = arrived.take() {
                 let rows = page.rows.len() as u64;
@@ -121,10 +130,15 @@ impl Run<'_> {
                     let pending = total.map(|total| total.saturating_sub(done.rows));
                     self.progress.so_far(super::report(done, &self.transfer), pending, last_seq.number());
                     let Some(at) = &anchor else { continue };
-                    source_behind = source_behind.and(rows);
-                    let anchor_now = at.clone();
-                    slot.position =
-                        Some(Position { since: last_seq, anchor: anchor_now, source_behind, has_new_documents, epoch });
+                    if rows > 0 {
+                        overlap = first.take().and_then(|since| self.overlap(&page, &since));
+                        source_behind = source_behind.and(rows);
+                    }
+                    if rows > 0 && overlap.is_none() {
+                        source_behind = source_behind.due();
+                    }
+                    let (since, anchor_now, overlap) = (last_seq, at.clone(), overlap.clone());
+                    slot.position = Some(Position { since, anchor: anchor_now, source_behind, has_new_documents, overlap, epoch });
                     if rows == 0 {
                         continue;
                     }
@@ -172,7 +186,8 @@ impl Run<'_> {
                 target.create(&self.parameters.create_target_params).await?;
             }
             let page = self.read(since.clone()).await?;
-            return Ok(Begin { page, since, anchor: None, source_behind: SourceBehind::unknown(), is_known: false });
+            let source_behind = SourceBehind::unknown();
+            return Ok(Begin { page, since, anchor: None, source_behind, overlap: None, is_known: false });
         }
         let known = slot.position.clone().filter(|position| position.epoch == self.behind.slots.epoch());
         let ahead = async {
@@ -181,14 +196,15 @@ impl Run<'_> {
                 None => None,
             }
         };
-        let skips_source = known.as_ref().is_some_and(is_source_trusted);
+        // Most of a source that went back is seen by what it lacks, and all of it before its next checkpoint.
+        let skips_source = known.as_ref().is_some_and(|position| position.overlap.is_some());
         let at_source = async {
             match skips_source {
                 true => None,
                 false => Some(self.behind.read_checkpoint(source, &self.id).await),
             }
         };
-        let (at_source, at_target, page) = tokio::join!(at_source, self.behind.read_checkpoint(target, &self.id), ahead);
+        let (at_source, at_target, ahead) = tokio::join!(at_source, self.behind.read_checkpoint(target, &self.id), ahead);
         let at_target = match at_target {
             Err(error) if error.is_missing_database() && self.parameters.create_target => {
                 target.create(&self.parameters.create_target_params).await?;
@@ -196,12 +212,8 @@ impl Run<'_> {
             }
             other => other?,
         };
-        let known = known.zip(page);
         let stands = |at_source: AtSource<'_>| {
-            let stands = |(position, page): &(Position, Result<Arc<Page>>)| {
-                stands(position, news_of(&position.since, page), at_source, at_target.as_ref())
-            };
-            known.as_ref().is_some_and(stands)
+            ahead.as_ref().is_some_and(|ahead| stands(&ahead.position, ahead.news, at_source, at_target.as_ref()))
         };
         let is_source_left_out = skips_source && stands(AtSource::NotAsked);
         let at_source = match at_source {
@@ -215,10 +227,10 @@ impl Run<'_> {
             other => (other?, false),
         };
         let stands = is_source_left_out || stands(AtSource::Says(at_source.as_ref()));
-        if let Some((Position { since, anchor, source_behind, .. }, page)) = known
+        if let Some(Ahead { position: Position { since, anchor, source_behind, overlap, .. }, page, .. }) = ahead
             && stands
         {
-            return Ok(Begin { page: page?, since, anchor: Some(anchor), source_behind, is_known: true });
+            return Ok(Begin { page: page?, since, anchor: Some(anchor), source_behind, overlap, is_known: true });
         }
         self.behind.forget(&self.id, slot);
         self.compare(at_source, at_target, source_refuses, slot).await
@@ -260,9 +272,10 @@ impl Run<'_> {
         };
         let is_known = is_known && source_behind.is_known();
         let (at, epoch) = (anchor.clone(), self.behind.slots.epoch());
-        slot.position = Some(Position { since: since.clone(), anchor: at, source_behind, has_new_documents: true, epoch });
+        slot.position =
+            Some(Position { since: since.clone(), anchor: at, source_behind, has_new_documents: true, overlap: None, epoch });
         let page = self.read(since.clone()).await?;
-        Ok(Begin { page, since, anchor: Some(anchor), source_behind, is_known })
+        Ok(Begin { page, since, anchor: Some(anchor), source_behind, overlap: None, is_known })
     }
 
     fn unsaved(&self, start: Seq, started: SystemTime) -> Unsaved {
@@ -286,23 +299,64 @@ impl Run<'_> {
         self.parameters.batch_size.unwrap_or(PAGE_ROWS)
     }
 
-    /// What comes after a known position is little, mostly, and where it was first revisions the last time, with them.
-    async fn read_news(&self, position: &Position) -> Result<Arc<Page>> {
-        let asked = self.changes(Some(position.since.clone()));
-        let limit = asked.limit.min(NEWS_ROWS);
-        match position.has_new_documents && !self.is_bidirectional && matches!(position.since, Seq::Text(_)) {
-            true => Ok(self
-                .transfer
-                .shared
-                .changes(&self.transfer.source, ChangesRequest { limit, with_docs: true, ..asked })
-                .await?),
-            false => self.read(position.since.clone()).await,
+    async fn read_news(&self, position: &Position) -> Ahead {
+        let position = position.clone();
+        match self.read_ahead(&position).await {
+            Ok((news, page)) => Ahead { position, news, page: Ok(page) },
+            Err(TransferError::Peer(error)) if error.error.is_unknown_seq() => {
+                Ahead { position, news: News::UnknownSeq, page: Err(error.into()) }
+            }
+            Err(error) => Ahead { position, news: News::Failed, page: Err(error) },
         }
     }
 
+    async fn read_ahead(&self, position: &Position) -> Result<(News, Arc<Page>)> {
+        let mut page = self.read_after(position, position.overlap.as_deref()).await?;
+        if page.last_seq.number() < position.since.number() {
+            return Ok((News::WentBack, page));
+        }
+        match position.overlap.as_ref().map(|overlap| overlap.find(&page)) {
+            None => {}
+            Some(Found::Same(rest)) if rest.rows.is_empty() && rest.pending != Some(0) => {
+                page = self.read_after(position, None).await?;
+            }
+            Some(Found::Same(rest)) => page = Arc::new(rest),
+            Some(Found::Unsure(read)) if self.behind.knows(&self.transfer.source, read.clone()).await? => {}
+            Some(Found::Unsure(_) | Found::Gone) => return Ok((News::WentBack, page)),
+        }
+        Ok((News::of_page(&position.since, &page.last_seq, page.rows.is_empty()), page))
+    }
+
+    /// What comes after a known position is little, mostly, and where it was first revisions the last time, with them.
+    async fn read_after(&self, position: &Position, overlap: Option<&Overlap>) -> Result<Arc<Page>> {
+        let since = overlap.map_or(&position.since, |overlap| &overlap.since);
+        let (asked, again) = (self.changes(Some(since.clone())), overlap.map_or(0, Overlap::rows));
+        match position.has_new_documents && !self.is_bidirectional && matches!(since, Seq::Text(_)) {
+            true => {
+                let limit = asked.limit.min(NEWS_ROWS) + again;
+                let asked = ChangesRequest { limit, with_docs: true, ..asked };
+                Ok(self.transfer.shared.changes(&self.transfer.source, asked).await?)
+            }
+            false => self.read_some(since.clone(), again).await,
+        }
+    }
+
+    /// A selection tells of a part only, and a source that counts (PouchDB) may be another one with the same numbers.
+    fn overlap(&self, page: &Page, since: &Seq) -> Option<Arc<Overlap>> {
+        let is_whole = matches!(self.parameters.selection, Selection::All) && matches!(since, Seq::Text(_));
+        let overlap = is_whole.then(|| Overlap::of(page, since, &self.behind.overlapping)).flatten();
+        overlap.map(Arc::new)
+    }
+
     async fn read(&self, since: Seq) -> Result<Arc<Page>> {
+        self.read_some(since, 0).await
+    }
+
+    async fn read_some(&self, since: Seq, again: usize) -> Result<Arc<Page>> {
         let source: &Peer = &self.transfer.source;
-        let page = self.transfer.shared.changes(source, self.changes(Some(since.clone()))).await?;
+        let asked = self.changes(Some(since.clone()));
+        let limit = asked.limit + again;
+        let page = self.transfer.shared.changes(source, ChangesRequest { limit, ..asked }).await?;
         // A server that counts (PouchDB): a database that was made again is behind the old one's position.
         match (&since, &page.last_seq) {
             (Seq::Number(since), Seq::Number(last)) if last < since => {
@@ -336,20 +390,6 @@ impl Run<'_> {
             }
         };
         ChangesRequest { since, limit: self.limit(), with_docs: false, query: query.into(), body }
-    }
-}
-
-/// A source's checkpoint is written only after a look at it, so that a source that went back is found by then; and a source
-/// that has nothing new is looked at in any case. A source that counts (PouchDB) may be another one with the same numbers.
-fn is_source_trusted(position: &Position) -> bool {
-    matches!(position.since, Seq::Text(_))
-}
-
-fn news_of(since: &Seq, page: &Result<Arc<Page>>) -> News {
-    match page {
-        Ok(page) => News::of_page(since, &page.last_seq, page.rows.is_empty()),
-        Err(TransferError::Peer(error)) if error.error.is_unknown_seq() => News::UnknownSeq,
-        Err(_) => News::Failed,
     }
 }
 

@@ -4,6 +4,7 @@
 //! was deleted and made again, or restored, has another or none.
 
 use super::checkpoint::Checkpoint;
+use super::overlap::Overlap;
 use super::peer::Peer;
 use super::written::Written;
 use crate::couch::Seq;
@@ -41,6 +42,8 @@ pub struct Position {
     /// Most of what came last were first revisions: the next may come with the changes.
     pub has_new_documents: bool,
     pub source_behind: SourceBehind,
+    /// None: it is not known what was read last.
+    pub overlap: Option<Arc<Overlap>>,
     /// Of `Slots::epoch`: what was true before an outage need not be true after it.
     pub epoch: u64,
 }
@@ -63,6 +66,11 @@ impl SourceBehind {
 
     pub fn unknown() -> Self {
         Self { equal: None, rows_since: 0 }
+    }
+
+    /// It is to be written with the next one of the target's.
+    pub fn due(self) -> Self {
+        Self { equal: None, ..self }
     }
 
     pub fn is_known(&self) -> bool {

@@ -77,6 +77,7 @@ mod tests {
             since: Seq::zero(),
             anchor: Anchor { at_target: "s".into(), at_source: (!is_target_only).then(|| "s".into()) },
             has_new_documents: false,
+            overlap: None,
             source_behind: SourceBehind::unknown(),
             epoch: 0,
         };

@@ -19,6 +19,7 @@ tests_on! {
         a_target_put_back_between_two_checkpoints_is_completed,
         a_source_put_back_from_an_older_copy_goes_on,
         a_source_put_back_between_two_checkpoints_goes_on,
+        a_source_put_back_and_written_past_what_it_lost_goes_on,
         a_source_made_again_with_fewer_documents_goes_on,
         both_sides_put_back_from_copies_of_other_days,
         a_source_whose_checkpoint_is_behind_loses_nothing,
@@ -216,6 +217,42 @@ async fn a_source_put_back_between_two_checkpoints_goes_on(lab: Arc<Lab>) {
     control(&lab, "restore", &pair.source.db).await;
     lab.couch.fill(&pair.source.db, "after", 2).await;
     nothing_missing(&pair, "put back, and written").await;
+}
+
+/// As many writes as were lost take their places in the sequence before anybody looks.
+async fn a_source_put_back_and_written_past_what_it_lost_goes_on(lab: Arc<Lab>) {
+    let mut pair = Pair::new(lab.clone()).await;
+    pair.source.grow(Pair::size() / 4, 0).await;
+    pair.replicator(json!({})).await;
+    let settings = [("REPLICATION_CHECKPOINT_AFTER", "200ms"), ("REPLICATION_SOURCE_CHECKPOINT_AFTER", "1h")];
+    let _spiegel = lab.spiegel_with(&settings).await;
+    let source = pair.source.db.clone();
+    pair.caught_up("at first").await;
+    checkpointed(&pair).await;
+    for round in 0..3 {
+        lab.couch.fill(&source, &format!("known {round} "), 5).await;
+        nothing_missing(&pair, "before the copy").await;
+        control(&lab, "snapshot", &source).await;
+        for lost in 0..6 {
+            lab.couch.fill(&source, &format!("lost {round} {lost} "), 2).await;
+            nothing_missing(&pair, "before it is lost").await;
+        }
+        control(&lab, "restore", &source).await;
+        match round {
+            0 => lab.couch.fill(&source, "after ", 30).await,
+            // The same ids, with other contents.
+            1 => {
+                let same = (0..6).flat_map(|lost| [0, 1].map(|n| format!("lost {round} {lost} {n}")));
+                let others = (0..20).map(|n| format!("other {n}"));
+                lab.couch.bulk(&source, same.chain(others).map(|id| json!({ "_id": id, "other": true })).collect()).await;
+            }
+            // Many: the page is full without what was read.
+            _ => lab.couch.fill(&source, "many ", 300).await,
+        }
+        nothing_missing(&pair, &format!("put back and written past it, {round}")).await;
+    }
+    pair.source.grow(5, 5).await;
+    nothing_missing(&pair, "and on").await;
 }
 
 async fn a_source_made_again_with_fewer_documents_goes_on(lab: Arc<Lab>) {

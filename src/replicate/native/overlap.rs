@@ -1,0 +1,221 @@
+//! What a source is asked for once more, to see that it still has it.
+//!
+//! A source's checkpoint is written seldom, and between two of them a copy tells of the same session as the source that it
+//! replaces. So a run begins where the last one had begun, and finds what that one brought: where it does not, the source was
+//! put back, and what was written there since may have taken the places of what was read. That costs no request. Pure.
+
+use super::peer::{ChangesRow, Page};
+use super::written::{Remembered, Written};
+use crate::couch::Seq;
+use std::collections::HashMap;
+
+/// More are not asked for again: then both checkpoints are written soon.
+pub const ROWS_MAX: usize = 25;
+/// The same for the documents that come along with them.
+const BYTES_MAX: usize = 64 * 1024;
+
+#[derive(Debug)]
+pub struct Overlap {
+    pub since: Seq,
+    rows: Written,
+    count: usize,
+}
+
+/// What the source answered to "what comes after where the last run began?".
+#[derive(Debug)]
+pub enum Found {
+    /// It has what was read. The page is what comes after that.
+    Same(Page),
+    /// What was read may have been written over, or be behind the page: the source has to be asked for it.
+    Unsure(Vec<(String, Vec<String>)>),
+    /// It does not have what was read.
+    Gone,
+}
+
+impl Overlap {
+    /// Of the first page of a run; none where it is too long.
+    pub fn of(page: &Page, since: &Seq, all: &Remembered) -> Option<Self> {
+        let bytes: usize = page.docs.values().map(bytes::Bytes::len).sum();
+        let revs: usize = page.rows.iter().map(|row| row.revs.len()).sum();
+        if page.rows.len() > ROWS_MAX || revs > ROWS_MAX * 2 || bytes > BYTES_MAX || all.is_crowded() {
+            return None;
+        }
+        let mut rows = Written::new(all);
+        rows.add(page.rows.iter());
+        Some(Self { since: since.clone(), rows, count: page.rows.len() })
+    }
+
+    pub fn rows(&self) -> usize {
+        self.count
+    }
+
+    /// One that is where it was tells that a copy, if this is one, is no older than the place where the last run began: then
+    /// nothing is missed by reading from there.
+    pub fn find(&self, page: &Page) -> Found {
+        let read = self.rows.rows();
+        let known: HashMap<&str, &[String]> = read.iter().map(|(id, revs)| (id.as_str(), revs.as_slice())).collect();
+        let is_known = |row: &&ChangesRow| known.get(row.id.as_str()).is_some_and(|revs| *revs == row.revs);
+        let has_more = page.pending.is_none_or(|pending| pending > 0);
+        if read.is_empty() || page.rows.iter().any(|row| is_known(&row)) {
+            let (rows, docs) = (page.rows.iter(), page.docs.iter());
+            let rows: Vec<ChangesRow> = rows.filter(|row| !is_known(row)).cloned().collect();
+            let is_new = |id: &String| rows.iter().any(|row| row.id == *id);
+            let docs = docs.filter(|(id, _)| is_new(id)).map(|(id, doc)| (id.clone(), doc.clone())).collect();
+            return Found::Same(Page { rows, docs, last_seq: page.last_seq.clone(), pending: page.pending });
+        }
+        let may_be_there = |(id, revs): &(String, Vec<String>)| match page.rows.iter().find(|row| row.id == *id) {
+            None => has_more,
+            Some(row) => highest(&row.revs) > highest(revs),
+        };
+        match read.iter().all(may_be_there) {
+            true => Found::Unsure(read),
+            false => Found::Gone,
+        }
+    }
+}
+
+fn highest(revs: &[String]) -> u64 {
+    let generation = |rev: &String| rev.split_once('-').and_then(|(generation, _)| generation.parse().ok()).unwrap_or(0);
+    revs.iter().map(generation).max().unwrap_or(0)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeMap;
+
+    type Rows<'a> = &'a [(&'a str, &'a [&'a str])];
+
+    fn page(rows: Rows<'_>, pending: Option<u64>) -> Page {
+        let rows = rows
+            .iter()
+            .map(|(id, revs)| ChangesRow { id: id.to_string(), revs: revs.iter().map(|rev| rev.to_string()).collect() });
+        Page { rows: rows.collect(), docs: HashMap::new(), last_seq: Seq::from("9-x"), pending }
+    }
+
+    fn overlap(rows: Rows<'_>) -> Overlap {
+        Overlap::of(&page(rows, None), &Seq::from("5-x"), &Remembered::default()).expect("short enough")
+    }
+
+    #[test]
+    fn what_was_read_is_found_or_asked_for_or_gone() {
+        let read: Rows<'_> = &[("a", &["2-a"]), ("b", &["1-b"])];
+        let cases: [(Rows<'_>, Option<u64>, &str); 11] = [
+            (&[("a", &["2-a"]), ("b", &["1-b"])], Some(0), "same:"),
+            (&[("b", &["1-b"]), ("c", &["1-c"])], Some(0), "same:c"),
+            (&[("a", &["2-a"]), ("b", &["2-x"])], Some(0), "same:b"),
+            (&[("c", &["1-c"]), ("a", &["2-a", "2-z"]), ("b", &["1-b"])], Some(0), "same:ca"),
+            (&[("a", &["3-a"]), ("b", &["2-b"])], Some(0), "unsure"),
+            (&[("c", &["1-c"])], Some(1), "unsure"),
+            (&[("c", &["1-c"])], None, "unsure"),
+            (&[("a", &["4-a"])], Some(3), "unsure"),
+            (&[("a", &["3-a"])], Some(0), "gone"),
+            (&[("a", &["2-y"]), ("b", &["2-b"])], Some(7), "gone"),
+            (&[], Some(0), "gone"),
+        ];
+        for (rows, pending, expected) in cases {
+            let found = match overlap(read).find(&page(rows, pending)) {
+                Found::Same(rest) => format!("same:{}", rest.rows.iter().map(|row| row.id.as_str()).collect::<String>()),
+                Found::Unsure(read) => {
+                    assert_eq!(read.len(), 2);
+                    String::from("unsure")
+                }
+                Found::Gone => String::from("gone"),
+            };
+            assert_eq!(found, expected, "{rows:?} {pending:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_long_is_not_asked_for_again() {
+        let rows: Vec<(String, Vec<String>)> = (0..=ROWS_MAX).map(|n| (n.to_string(), vec![String::from("1-a")])).collect();
+        let page_of = |rows: &[(String, Vec<String>)]| Page {
+            rows: rows.iter().map(|(id, revs)| ChangesRow { id: id.clone(), revs: revs.clone() }).collect(),
+            docs: HashMap::new(),
+            last_seq: Seq::zero(),
+            pending: None,
+        };
+        let all = Remembered::default();
+        assert!(Overlap::of(&page_of(&rows), &Seq::zero(), &all).is_none());
+        assert_eq!(Overlap::of(&page_of(&rows[1..]), &Seq::zero(), &all).expect("short enough").rows(), ROWS_MAX);
+        let mut large = page_of(&rows[1..]);
+        large.docs.insert(String::from("1"), vec![b'x'; BYTES_MAX + 1].into());
+        assert!(Overlap::of(&large, &Seq::zero(), &all).is_none());
+        let leaves = [(String::from("a"), (0..100).map(|n| format!("2-{n}")).collect())];
+        assert!(Overlap::of(&page_of(&leaves), &Seq::zero(), &all).is_none());
+    }
+
+    /// Each write is of one document; a source's log tells of each document once, where it was written last.
+    #[derive(Debug, Clone, Default)]
+    struct Source {
+        seq: u64,
+        docs: BTreeMap<u8, (u64, Vec<String>)>,
+    }
+
+    impl Source {
+        fn write(&mut self, doc: u8, unique: &str) {
+            self.seq += 1;
+            let revs = self.docs.entry(doc).or_default();
+            revs.0 = self.seq;
+            revs.1.push(format!("{}-{unique}{}", revs.1.len() + 1, self.seq));
+        }
+
+        fn page(&self, since: u64, limit: usize) -> Page {
+            let mut rows: Vec<_> = self.docs.iter().filter(|(_, (seq, _))| *seq > since).collect();
+            rows.sort_by_key(|(_, (seq, _))| *seq);
+            let pending = rows.len().saturating_sub(limit) as u64;
+            rows.truncate(limit);
+            let last_seq = rows.last().filter(|_| pending > 0).map_or(self.seq, |(_, (seq, _))| *seq);
+            let rows = rows
+                .into_iter()
+                .map(|(id, (_, revs))| ChangesRow { id: id.to_string(), revs: revs.last().cloned().into_iter().collect() });
+            Page { rows: rows.collect(), docs: HashMap::new(), last_seq: Seq::Number(last_seq), pending: Some(pending) }
+        }
+
+        fn knows(&self, read: &[(String, Vec<String>)]) -> bool {
+            let known = |id: &String, rev: &String| {
+                id.parse().is_ok_and(|id: u8| self.docs.get(&id).is_some_and(|(_, revs)| revs.contains(rev)))
+            };
+            read.iter().all(|(id, revs)| revs.iter().all(|rev| known(id, rev)))
+        }
+    }
+
+    proptest! {
+        /// A source that is put back and written again, by anybody but who wrote it before, is never taken for what it was,
+        /// unless nothing is missed.
+        #[test]
+        fn nothing_is_missed_of_a_source_that_was_put_back(
+            before in prop::collection::vec(0u8..8, 1..30),
+            last in prop::collection::vec(0u8..8, 1..6),
+            copied in 0usize..40,
+            after in prop::collection::vec(0u8..8, 1..60),
+        ) {
+            let mut source = Source::default();
+            let mut copies = vec![source.clone()];
+            let write = |source: &mut Source, copies: &mut Vec<Source>, doc: u8| {
+                source.write(doc, "a");
+                copies.push(source.clone());
+            };
+            before.iter().for_each(|doc| write(&mut source, &mut copies, *doc));
+            let since = source.seq;
+            last.iter().for_each(|doc| write(&mut source, &mut copies, *doc));
+            let position = source.seq;
+            let overlap = Overlap::of(&source.page(since, 99), &Seq::Number(since), &Remembered::default()).unwrap();
+            let mut source = copies.swap_remove(copied.min(copies.len() - 1));
+            let copied = source.seq;
+            after.iter().for_each(|doc| source.write(*doc, "b"));
+            let page = source.page(since, 4 + overlap.rows());
+            let goes_on = match overlap.find(&page) {
+                _ if source.seq < position => false,
+                Found::Same(_) => true,
+                Found::Unsure(read) => source.knows(&read),
+                Found::Gone => false,
+            };
+            // What is read from `since` on misses what was written before it since the copy.
+            prop_assert!(!goes_on || copied >= since, "copied at {copied}, read from {since}");
+            prop_assert!(goes_on || copied < position, "a source that was not put back is not suspected");
+        }
+    }
+}
