@@ -314,6 +314,7 @@ impl State {
         if self.listener.is_none() {
             self.late = late;
         }
+        let was_hinted = self.debounce.is_hinted();
         let next = self.debounce.run_ended(now);
         let db = self.arguments.db.clone();
         match result {
@@ -326,7 +327,7 @@ impl State {
                 self.settle_when_replicated(myself, claim, replicated);
                 self.follow(myself, next);
                 if has_more {
-                    let next = self.debounce.hint(now);
+                    let next = if was_hinted { self.debounce.hint(now) } else { self.debounce.retry() };
                     self.follow(myself, next);
                 }
             }

@@ -86,6 +86,11 @@ impl Debounce {
         Next::RunNow
     }
 
+    /// A run is under way that hints asked for.
+    pub fn is_hinted(&self) -> bool {
+        self.running == Some(Run::Hinted)
+    }
+
     pub fn is_running(&self) -> bool {
         self.running.is_some()
     }
