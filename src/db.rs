@@ -202,7 +202,7 @@ impl Actor for DbActor {
             Message::LateEnded => {
                 state.more.send_replace(true);
                 if state.retry_at.is_none() {
-                    let next = state.debounce.retry_after();
+                    let next = state.debounce.retry_after(now);
                     state.follow(&myself, next);
                 }
             }
@@ -314,7 +314,6 @@ impl State {
         if self.listener.is_none() {
             self.late = late;
         }
-        let was_hinted = self.debounce.is_hinted();
         let next = self.debounce.run_ended(now);
         let db = self.arguments.db.clone();
         match result {
@@ -327,7 +326,7 @@ impl State {
                 self.settle_when_replicated(myself, claim, replicated);
                 self.follow(myself, next);
                 if has_more {
-                    let next = if was_hinted { self.debounce.hint(now) } else { self.debounce.retry() };
+                    let next = self.debounce.hint(now);
                     self.follow(myself, next);
                 }
             }

@@ -38,10 +38,10 @@ impl Debounce {
     }
 
     pub fn hint(&mut self, now: Instant) -> Next {
-        let calm = self.hints.is_none() && self.ended.is_none_or(|ended| now.saturating_duration_since(ended) >= self.quiet);
+        let is_calm = self.is_calm(now);
         match self.running {
-            None if calm => return self.begin(Run::Hinted),
-            Some(Run::Retry) if calm => self.is_urgent = true,
+            None if is_calm => return self.begin(Run::Hinted),
+            Some(Run::Retry) if is_calm => self.is_urgent = true,
             _ => {}
         }
         let first = self.hints.map_or(now, |(first, _)| first);
@@ -73,10 +73,17 @@ impl Debounce {
         }
     }
 
-    /// The same, and a run that is under way may be past it.
-    pub fn retry_after(&mut self) -> Next {
-        self.is_urgent |= self.is_running();
+    /// What a run had left behind has ended. A database that is busy in any case sees to it after its quiet.
+    pub fn retry_after(&mut self, now: Instant) -> Next {
+        if self.running == Some(Run::Hinted) || !self.is_calm(now) {
+            return self.hint(now);
+        }
+        self.is_urgent = self.is_running();
         self.retry()
+    }
+
+    fn is_calm(&self, now: Instant) -> bool {
+        self.hints.is_none() && self.ended.is_none_or(|ended| now.saturating_duration_since(ended) >= self.quiet)
     }
 
     fn begin(&mut self, run: Run) -> Next {
@@ -84,11 +91,6 @@ impl Debounce {
         self.hints = None;
         self.is_urgent = false;
         Next::RunNow
-    }
-
-    /// A run is under way that hints asked for.
-    pub fn is_hinted(&self) -> bool {
-        self.running == Some(Run::Hinted)
     }
 
     pub fn is_running(&self) -> bool {
@@ -195,16 +197,24 @@ mod tests {
     fn what_ends_during_a_run_is_looked_at_after_it() {
         let start = Instant::now();
         let mut debounce = Debounce::new(QUIET, LONGEST);
-        debounce.hint(start);
-        assert_eq!(debounce.retry(), Next::Nothing);
-        assert_eq!(debounce.run_ended(start), Next::Nothing);
-        assert_eq!(debounce.retry_after(), Next::RunNow);
-        assert_eq!(debounce.retry_after(), Next::Nothing);
+        assert_eq!(debounce.retry_after(start), Next::RunNow);
+        assert_eq!(debounce.retry_after(start), Next::Nothing);
         assert_eq!(debounce.run_ended(start + ms(10)), Next::WaitUntil(start + ms(10)));
         assert!(!debounce.is_idle());
         assert_eq!(debounce.timer(start + ms(10)), Next::RunNow);
         assert_eq!(debounce.run_ended(start + ms(20)), Next::Nothing);
         assert!(debounce.is_idle());
+    }
+
+    #[test]
+    fn what_ends_on_a_busy_database_waits_for_its_quiet() {
+        let start = Instant::now();
+        let mut debounce = Debounce::new(QUIET, LONGEST);
+        debounce.hint(start);
+        assert_eq!(debounce.retry_after(start), Next::Nothing);
+        assert_eq!(debounce.run_ended(start + ms(10)), Next::WaitUntil(start + QUIET));
+        assert_eq!(debounce.retry_after(start + ms(20)), Next::WaitUntil(start + ms(20) + QUIET));
+        assert_eq!(debounce.timer(start + ms(20) + QUIET), Next::RunNow);
     }
 
     #[test]

@@ -395,7 +395,7 @@ impl Listener {
         let leaving = self.leaving.as_ref().filter(|_| has_others || rules.rules().len() > 1);
         let is_wanted = others_wait || (rules.rules().len() > 1 && page.pending.is_some_and(|pending| pending > 0));
         // One that is tried again after a failure has lost its right to be waited for.
-        let patience = if group.hold.is_some() { Duration::ZERO } else { PATIENCE };
+        let patience = if group.is_probing() { Duration::ZERO } else { PATIENCE };
         let to = Addressee {
             db: &self.db,
             instance_start_time: self.instance_start_time.as_deref().unwrap_or_default(),

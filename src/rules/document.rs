@@ -74,7 +74,7 @@ impl<'r> Document<'r> {
     pub fn tested_text(&self, name: &str) -> Option<Cow<'_, str>> {
         let first =
             || name.split_once('.').filter(|_| self.attribute(name).is_none()).and_then(|(first, _)| self.attribute(first));
-        match first().filter(|first| first.value.get().is_none()) {
+        match first().filter(|first| !matches!(first.value.get(), Some(Some(_)))) {
             None => tested(Cow::Borrowed(self.value(name)?)),
             Some(_) => tested(Cow::Owned(serde_json::from_str(self.text(name)?).ok()?)),
         }
