@@ -109,9 +109,7 @@ pub(super) async fn run(arguments: Arguments) {
                 let id = ended.as_ref().map_or_else(|error| error.id(), |(id, ())| *id);
                 let keys = keys_of.remove(&id).unwrap_or_default();
                 if ended.is_err() {
-                    tracing::error!(deliveries = keys.len(), "a try of parked deliveries crashed, it is made again later");
-                    let again = SystemTime::now() + deliveries.settings.lease;
-                    keys.iter().for_each(|key| deliveries.book.index().landed(key, Some(again)));
+                    tries.crashed(&keys);
                 }
             }
             Ok(()) = snapshots.changed() => {
@@ -166,7 +164,7 @@ impl Tries {
         }
     }
 
-    async fn attempt(&self, owed: Vec<Due>) {
+    async fn attempt(self: Arc<Self>, owed: Vec<Due>) {
         self.arguments.couch.health().up().await;
         let (claimed, until) = self.claim(owed).await;
         let mut by_db: BTreeMap<DbName, Vec<Claimed>> = BTreeMap::new();
@@ -190,7 +188,29 @@ impl Tries {
                 move || Some(claimed.by_ref().take(OF_ONE_DATABASE_MAX).collect::<Vec<_>>()).filter(|part| !part.is_empty());
             std::iter::from_fn(part).map(move |part| (db.clone(), part))
         });
-        futures_util::future::join_all(parts.map(|(db, claimed)| self.of_database(db, claimed, until))).await;
+        let (mut under_way, mut keys_of) = (JoinSet::new(), HashMap::new());
+        for (db, claimed) in parts {
+            let keys: Vec<Key> = claimed.iter().map(|it| it.parked.key()).collect();
+            let tries = self.clone();
+            let task = under_way.spawn(async move { tries.of_database(db, claimed, until).await });
+            keys_of.insert(task.id(), keys);
+        }
+        while let Some(ended) = under_way.join_next_with_id().await {
+            if let Err(crash) = ended {
+                self.crashed(&keys_of.remove(&crash.id()).unwrap_or_default());
+            }
+        }
+    }
+
+    /// Not all at the same moment again, or what crashed one of them would crash all.
+    fn crashed(&self, keys: &[Key]) {
+        tracing::error!(deliveries = keys.len(), "a try of parked deliveries crashed, it is made again later");
+        let lease = self.deliveries().settings.lease;
+        for key in keys {
+            let again = SystemTime::now() + lease.mul_f64(1.0 + fastrand::f64());
+            self.deliveries().book.index().landed(key, Some(again));
+        }
+        self.deliveries().book.changed.notify_one();
     }
 
     async fn of_database(&self, db: DbName, claimed: Vec<Claimed>, until: Instant) {
@@ -330,6 +350,10 @@ impl Tries {
             Newest::Later(pause) => return self.unclaim(claimed, pause).await,
             Newest::Gone => return self.end(claimed.parked, State::Dropped, "the document is gone").await,
         };
+        if Instant::now() >= until {
+            // CouchDB took too long, and others may claim it.
+            return self.unclaim(claimed, COUCHDB_FAILED).await;
+        }
         let doc = Document::of(&row);
         if !rule.matches(&doc) {
             // As the feed has it: a state that came and went is not told of.
@@ -354,7 +378,8 @@ impl Tries {
         let Ok(outcome) = tokio::time::timeout_at(until.into(), self.arguments.webhooks.run(delivery)).await else {
             // It may be under way still, and nobody may make it again before it cannot be.
             let again = SystemTime::now() + LEASE_REST + self.deliveries().settings.attempt_max;
-            return self.deliveries().book.index().landed(&parked.key(), Some(again));
+            self.deliveries().book.index().landed(&parked.key(), Some(again));
+            return self.deliveries().book.changed.notify_one();
         };
         match outcome {
             Ok(Outcome::Done) => {
@@ -388,6 +413,8 @@ impl Tries {
                 if is_last {
                     tracing::info!(rule = parked.rule, "no delivery of the rule is parked any more");
                 }
+                // There may have been no room.
+                deliveries.book.changed.notify_one();
             }
             Ok(WriteResult::Conflict) => {
                 let (sent, instance) = (sent.to_string(), parked.instance_start_time.clone());
