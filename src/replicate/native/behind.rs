@@ -9,7 +9,7 @@
 //! the target.
 
 use super::checkpoint::{Checkpoint, Entry, SourceRefused, common};
-use super::peer::{Peer, PeerError, Which};
+use super::peer::{Peer, PeerError};
 use super::shared::Shared;
 use super::slots::{Anchor, Position, Slot, Slots, SourceBehind, Unsaved};
 use super::written::Remembered;
@@ -77,6 +77,8 @@ type Result<T> = std::result::Result<T, PeerError>;
 const AT_ONCE: usize = 256;
 /// No longer between two looks at what is due, because too much may be remembered.
 const LOOK_EACH: Duration = Duration::from_secs(5);
+/// A database that remembers fewer (`_revs_limit`) may have forgotten by now what a document was a moment ago.
+const FEW_REVS: u64 = 100;
 /// A side that could not be written for so long is not waited for any longer.
 const GIVEN_UP_AFTER: Duration = Duration::from_secs(600);
 
@@ -162,7 +164,7 @@ impl Behind {
             let known_to_both = common(at_source, at_target).map(|common| common.history).unwrap_or_default();
             let next = Checkpoint::following(known_to_both, entry.clone());
             self.shared.write_local(&unsaved.target, id, next.document(id, target_rev.as_deref())).await?;
-            if !self.has_all(&unsaved.target, unsaved).await? || !self.has_all(&unsaved.source, unsaved).await? {
+            if !self.has_all(unsaved).await? {
                 return Ok(None);
             }
             match self.shared.write_local(&unsaved.source, id, next.document(id, rev_of(at_source).as_deref())).await {
@@ -171,7 +173,7 @@ impl Behind {
                 Err(error) => return Err(error),
             }
             target_rev = rev_of(self.read_checkpoint(&unsaved.target, id).await?.as_ref());
-        } else if !self.has_all(&unsaved.target, unsaved).await? {
+        } else if !self.has_all(unsaved).await? {
             return Ok(None);
         }
         let alone = at_target.filter(|target| target.source_refused.is_some());
@@ -197,25 +199,35 @@ impl Behind {
         let at_source = history.iter().position(|entry| Some(&entry.session_id) == anchor.at_source.as_ref());
         let next = Checkpoint::following(history.get(at_source.unwrap_or_default()..).unwrap_or_default().to_vec(), entry);
         self.shared.write_local(&unsaved.target, id, next.document(id, rev_of(at_target).as_deref())).await?;
-        let has_all = self.has_all(&unsaved.target, unsaved).await?;
+        let has_all = self.has_all(unsaved).await?;
         Ok(has_all.then(|| Anchor { at_target: session_id, at_source: anchor.at_source.clone() }))
     }
 
-    /// Whether a side still has what was brought from the one to the other since the target's last checkpoint.
-    async fn has_all(&self, side: &Peer, unsaved: &Unsaved) -> Result<bool> {
+    /// Whether the target still has what was written since its last checkpoint.
+    async fn has_all(&self, unsaved: &Unsaved) -> Result<bool> {
         let rows = unsaved.written.rows();
         if rows.is_empty() {
             return Ok(true);
         }
-        self.knows(side, rows).await
+        let diff = self.shared.revs_diff(&unsaved.target, Arc::new(rows)).await?;
+        Ok(diff.values().all(|missing| missing.missing.is_empty()))
     }
 
-    /// Where a side lets nobody ask, what it does not say is no reason to stop.
-    pub async fn knows(&self, side: &Peer, revs: Vec<(String, Vec<String>)>) -> Result<bool> {
-        match self.shared.revs_diff(side, Arc::new(revs)).await {
-            Ok(diff) => Ok(diff.values().all(|missing| missing.missing.is_empty())),
-            Err(error) if error.which == Which::Source && (error.is_refusal() || error.is_unsupported()) => Ok(true),
-            Err(error) => Err(error),
+    /// Whether a source once had these revisions. What it keeps no trace of, and what it lets nobody ask, is no sign that it
+    /// did not.
+    pub async fn had(&self, source: &Peer, revs: Vec<(String, Vec<String>)>) -> Result<bool> {
+        let had = match self.shared.revs_diff(source, Arc::new(revs)).await {
+            Ok(diff) => diff.values().all(|missing| missing.missing.is_empty()),
+            Err(error) if error.is_answer() => true,
+            Err(error) => return Err(error),
+        };
+        match had {
+            true => Ok(true),
+            false => match source.revs_limit().await {
+                Ok(limit) => Ok(limit < FEW_REVS),
+                Err(error) if error.is_answer() => Ok(true),
+                Err(error) => Err(error),
+            },
         }
     }
 

@@ -10,7 +10,7 @@ use crate::couch::Seq;
 use std::collections::HashMap;
 
 /// More are not asked for again: then both checkpoints are written soon.
-pub const ROWS_MAX: usize = 25;
+pub const ROWS_MAX: usize = 10;
 /// The same for the documents that come along with them.
 const BYTES_MAX: usize = 64 * 1024;
 
@@ -49,28 +49,29 @@ impl Overlap {
         self.count
     }
 
-    /// One that is where it was tells that a copy, if this is one, is no older than the place where the last run began: then
-    /// nothing is missed by reading from there.
-    pub fn find(&self, page: &Page) -> Found {
+    /// What is where it was tells that a copy, if this is one, is no older than the place where the last run began: then nothing
+    /// is missed by reading from there. `are_all_leaves` says what a row has; of winners alone one may follow that is lower.
+    pub fn find(&self, page: &Page, are_all_leaves: bool) -> Found {
         let read = self.rows.rows();
+        let has_more = page.pending.is_none_or(|pending| pending > 0);
+        let mut is_any_there = read.is_empty();
+        for (id, revs) in &read {
+            match page.rows.iter().find(|row| row.id == *id) {
+                Some(row) if revs.iter().all(|rev| row.revs.contains(rev)) => is_any_there = true,
+                Some(row) if highest(&row.revs) > highest(revs) || !are_all_leaves => {}
+                None if has_more => {}
+                Some(_) | None => return Found::Gone,
+            }
+        }
+        if !is_any_there {
+            return Found::Unsure(read);
+        }
         let known: HashMap<&str, &[String]> = read.iter().map(|(id, revs)| (id.as_str(), revs.as_slice())).collect();
         let is_known = |row: &&ChangesRow| known.get(row.id.as_str()).is_some_and(|revs| *revs == row.revs);
-        let has_more = page.pending.is_none_or(|pending| pending > 0);
-        if read.is_empty() || page.rows.iter().any(|row| is_known(&row)) {
-            let (rows, docs) = (page.rows.iter(), page.docs.iter());
-            let rows: Vec<ChangesRow> = rows.filter(|row| !is_known(row)).cloned().collect();
-            let is_new = |id: &String| rows.iter().any(|row| row.id == *id);
-            let docs = docs.filter(|(id, _)| is_new(id)).map(|(id, doc)| (id.clone(), doc.clone())).collect();
-            return Found::Same(Page { rows, docs, last_seq: page.last_seq.clone(), pending: page.pending });
-        }
-        let may_be_there = |(id, revs): &(String, Vec<String>)| match page.rows.iter().find(|row| row.id == *id) {
-            None => has_more,
-            Some(row) => highest(&row.revs) > highest(revs),
-        };
-        match read.iter().all(may_be_there) {
-            true => Found::Unsure(read),
-            false => Found::Gone,
-        }
+        let rows: Vec<ChangesRow> = page.rows.iter().filter(|row| !is_known(row)).cloned().collect();
+        let is_new = |id: &String| rows.iter().any(|row| row.id == *id);
+        let docs = page.docs.iter().filter(|(id, _)| is_new(id)).map(|(id, doc)| (id.clone(), doc.clone())).collect();
+        Found::Same(Page { rows, docs, last_seq: page.last_seq.clone(), pending: page.pending })
     }
 }
 
@@ -102,9 +103,12 @@ mod tests {
     #[test]
     fn what_was_read_is_found_or_asked_for_or_gone() {
         let read: Rows<'_> = &[("a", &["2-a"]), ("b", &["1-b"])];
-        let cases: [(Rows<'_>, Option<u64>, &str); 11] = [
+        let cases: [(Rows<'_>, Option<u64>, &str); 14] = [
             (&[("a", &["2-a"]), ("b", &["1-b"])], Some(0), "same:"),
-            (&[("b", &["1-b"]), ("c", &["1-c"])], Some(0), "same:c"),
+            (&[("b", &["1-b"]), ("c", &["1-c"])], Some(0), "gone"),
+            (&[("b", &["1-b"]), ("c", &["1-c"])], Some(2), "same:c"),
+            (&[("b", &["1-b"]), ("a", &["2-y"])], Some(0), "gone"),
+            (&[("b", &["1-b", "1-x"]), ("a", &["3-a"])], Some(0), "same:ba"),
             (&[("a", &["2-a"]), ("b", &["2-x"])], Some(0), "same:b"),
             (&[("c", &["1-c"]), ("a", &["2-a", "2-z"]), ("b", &["1-b"])], Some(0), "same:ca"),
             (&[("a", &["3-a"]), ("b", &["2-b"])], Some(0), "unsure"),
@@ -116,7 +120,7 @@ mod tests {
             (&[], Some(0), "gone"),
         ];
         for (rows, pending, expected) in cases {
-            let found = match overlap(read).find(&page(rows, pending)) {
+            let found = match overlap(read).find(&page(rows, pending), true) {
                 Found::Same(rest) => format!("same:{}", rest.rows.iter().map(|row| row.id.as_str()).collect::<String>()),
                 Found::Unsure(read) => {
                     assert_eq!(read.len(), 2);
@@ -126,6 +130,8 @@ mod tests {
             };
             assert_eq!(found, expected, "{rows:?} {pending:?}");
         }
+        let fell_back = page(&[("a", &["1-y"]), ("b", &["2-b"])], Some(0));
+        assert!(matches!(overlap(read).find(&fell_back, false), Found::Unsure(_)), "of winners alone");
     }
 
     #[test]
@@ -207,7 +213,7 @@ mod tests {
             let copied = source.seq;
             after.iter().for_each(|doc| source.write(*doc, "b"));
             let page = source.page(since, 4 + overlap.rows());
-            let goes_on = match overlap.find(&page) {
+            let goes_on = match overlap.find(&page, true) {
                 _ if source.seq < position => false,
                 Found::Same(_) => true,
                 Found::Unsure(read) => source.knows(&read),

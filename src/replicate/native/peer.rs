@@ -126,6 +126,11 @@ impl PeerError {
         matches!(&*self.error, CouchError::Status { status: 405 | 501, .. })
     }
 
+    /// The server said something, and would say it again.
+    pub fn is_answer(&self) -> bool {
+        self.is_refusal() || self.is_not_found() || self.is_unsupported() || self.is_about_the_request()
+    }
+
     /// The other side's word on this very request: sent alone, or in pieces, it may be told which part is meant.
     pub fn is_about_the_request(&self) -> bool {
         match &*self.error {
@@ -366,6 +371,12 @@ impl Peer {
             Value::String(text) => text.clone(),
             other => other.to_string(),
         })
+    }
+
+    /// How many revisions of a document it remembers.
+    pub async fn revs_limit(&self) -> Result<u64> {
+        let body = self.body("_revs_limit", self.request(Method::GET, "_revs_limit")).await?;
+        self.parsed("_revs_limit", &body)
     }
 
     /// `id` without its `_local/`. None where there is no such document.

@@ -315,13 +315,13 @@ impl Run<'_> {
         if page.last_seq.number() < position.since.number() {
             return Ok((News::WentBack, page));
         }
-        match position.overlap.as_ref().map(|overlap| overlap.find(&page)) {
+        match position.overlap.as_ref().map(|overlap| overlap.find(&page, !self.parameters.winning_revs_only)) {
             None => {}
             Some(Found::Same(rest)) if rest.rows.is_empty() && rest.pending != Some(0) => {
                 page = self.read_after(position, None).await?;
             }
             Some(Found::Same(rest)) => page = Arc::new(rest),
-            Some(Found::Unsure(read)) if self.behind.knows(&self.transfer.source, read.clone()).await? => {}
+            Some(Found::Unsure(read)) if self.behind.had(&self.transfer.source, read.clone()).await? => {}
             Some(Found::Unsure(_) | Found::Gone) => return Ok((News::WentBack, page)),
         }
         Ok((News::of_page(&position.since, &page.last_seq, page.rows.is_empty()), page))

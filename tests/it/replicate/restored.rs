@@ -27,6 +27,7 @@ tests_on! {
     couchdb: [
         a_target_rebuilt_with_its_older_checkpoints_is_completed,
         a_target_that_keeps_one_revision_is_taken_for_what_it_is,
+        a_source_that_keeps_one_revision_is_taken_for_what_it_is,
     ],
 }
 
@@ -353,8 +354,16 @@ async fn a_target_rebuilt_with_its_older_checkpoints_is_completed(lab: Arc<Lab>)
 
 /// It does not know any more what was brought to it a moment ago, and is no other database for that.
 async fn a_target_that_keeps_one_revision_is_taken_for_what_it_is(lab: Arc<Lab>) {
+    keeps_one_revision(lab, |pair| &pair.ours).await;
+}
+
+async fn a_source_that_keeps_one_revision_is_taken_for_what_it_is(lab: Arc<Lab>) {
+    keeps_one_revision(lab, |pair| &pair.source.db).await;
+}
+
+async fn keeps_one_revision(lab: Arc<Lab>, which: fn(&Pair) -> &str) {
     let pair = Pair::new(lab.clone()).await;
-    let path = format!("{}/_revs_limit", encode(&pair.ours));
+    let path = format!("{}/_revs_limit", encode(which(&pair)));
     assert_eq!(lab.couch.ask(Method::PUT, &path, Some(json!(1))).await.0, StatusCode::OK);
     pair.replicator(json!({})).await;
     let _spiegel =
