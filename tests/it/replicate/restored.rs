@@ -3,7 +3,7 @@
 use super::compare::{assert_nothing_missing, missing};
 use super::{CAUGHT_UP, Pair};
 use crate::support::couch::encode;
-use crate::support::{Lab, eventually, tests_on};
+use crate::support::{Lab, Spiegel, eventually, tests_on};
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
@@ -354,19 +354,24 @@ async fn a_target_rebuilt_with_its_older_checkpoints_is_completed(lab: Arc<Lab>)
 
 /// It does not know any more what was brought to it a moment ago, and is no other database for that.
 async fn a_target_that_keeps_one_revision_is_taken_for_what_it_is(lab: Arc<Lab>) {
-    keeps_one_revision(lab, |pair| &pair.ours).await;
+    let (pair, _spiegel) = keeps_one_revision(lab, |pair| &pair.ours).await;
+    pair.caught_up("a hot document").await;
+    checkpointed(&pair).await;
 }
 
 async fn a_source_that_keeps_one_revision_is_taken_for_what_it_is(lab: Arc<Lab>) {
-    keeps_one_revision(lab, |pair| &pair.source.db).await;
+    let (pair, _spiegel) = keeps_one_revision(lab, |pair| &pair.source.db).await;
+    // It tells of no ancestors, so that each revision is a branch of its own in the target.
+    nothing_missing(&pair, "a hot document").await;
+    checkpointed(&pair).await;
 }
 
-async fn keeps_one_revision(lab: Arc<Lab>, which: fn(&Pair) -> &str) {
+async fn keeps_one_revision(lab: Arc<Lab>, which: fn(&Pair) -> &str) -> (Pair, Spiegel) {
     let pair = Pair::new(lab.clone()).await;
     let path = format!("{}/_revs_limit", encode(which(&pair)));
     assert_eq!(lab.couch.ask(Method::PUT, &path, Some(json!(1))).await.0, StatusCode::OK);
     pair.replicator(json!({})).await;
-    let _spiegel =
+    let spiegel =
         lab.spiegel_with(&[("REPLICATION_CHECKPOINT_AFTER", "1s"), ("REPLICATION_SOURCE_CHECKPOINT_AFTER", "500ms")]).await;
     for n in 0..60 {
         lab.couch.put(&pair.source.db, "hot", json!({ "n": n })).await;
@@ -377,6 +382,5 @@ async fn keeps_one_revision(lab: Arc<Lab>, which: fn(&Pair) -> &str) {
     let entries = rows.flat_map(|row| row["doc"]["history"].as_array().cloned().unwrap_or_default());
     let recorded: BTreeSet<String> = entries.map(|entry| entry["recorded_seq"].to_string()).collect();
     assert!(recorded.len() >= 4, "it goes on while the document is written: {recorded:?}");
-    pair.caught_up("a hot document").await;
-    checkpointed(&pair).await;
+    (pair, spiegel)
 }
