@@ -1,7 +1,7 @@
 //! The command line: exit codes, and commands that may be given twice.
 
-use crate::support::process::{Spiegel, free_port, one_shot};
-use crate::support::{Lab, SOON, eventually, tests_on};
+use crate::support::process::{Spiegel, one_shot};
+use crate::support::{Lab, OwnPort, SOON, eventually, tests_on};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -29,7 +29,8 @@ fn with(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
 
 #[tokio::test]
 async fn exit_codes_tell_what_went_wrong() {
-    let gone = format!("http://admin:secret@127.0.0.1:{}", free_port());
+    let nobody = OwnPort::new();
+    let gone = format!("http://admin:secret@127.0.0.1:{}", nobody.number);
     let cases = [
         (nothing(), &["--help"][..], 0, "Usage"),
         (nothing(), &["--version"], 0, env!("CARGO_PKG_VERSION")),
@@ -204,8 +205,8 @@ async fn rules_are_listed_with_what_is_wrong(lab: Arc<Lab>) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn run_waits_for_a_couchdb_that_is_not_there_yet() {
-    let port = free_port();
-    let url = format!("http://admin:secret@127.0.0.1:{port}");
+    let nobody = OwnPort::new();
+    let url = format!("http://admin:secret@127.0.0.1:{}", nobody.number);
     let mut spiegel = Spiegel::start_unready(with(&[("COUCHDB_URL", &url), ("LOG_FORMAT", "json")]));
     spiegel.said(&["waiting for it"]).await;
     assert!(spiegel.is_alive());

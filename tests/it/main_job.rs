@@ -1,6 +1,6 @@
 //! What Spiegel is for: a changed document calls the API, a changed database is replicated.
 
-use crate::support::{Answer, Lab, Receiver, SOON, eventually, stays, tests_on};
+use crate::support::{Answer, Lab, OwnPort, Receiver, SOON, eventually, stays, tests_on};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -298,8 +298,8 @@ async fn a_dead_endpoint_stops_no_other_rule(lab: Arc<Lab>) {
     let db = lab.create("posts").await;
     lab.rule("dead", &db, "/dead", json!({})).await;
     lab.rule("good", &db, "/good", json!({})).await;
-    let unused_port = crate::support::process::free_port();
-    lab.rule("gone", &db, "/x", json!({ "url": format!("http://127.0.0.1:{unused_port}/x") })).await;
+    let nobody = OwnPort::new();
+    lab.rule("gone", &db, "/x", json!({ "url": format!("http://127.0.0.1:{}/x", nobody.number) })).await;
     lab.receiver.answer("/dead", Answer::status(500));
     let mut spiegel = lab.spiegel().await;
     let count = 120;

@@ -2,8 +2,8 @@
 
 use crate::support::couch::encode;
 use crate::support::lab::run_on;
-use crate::support::process::{free_port, one_shot};
-use crate::support::{Answer, Fault, Kind, Lab, Proxy, SOON, eventually};
+use crate::support::process::one_shot;
+use crate::support::{Answer, Fault, Kind, Lab, OwnPort, Proxy, SOON, eventually};
 use base64::Engine;
 use serde_json::json;
 use std::sync::Arc;
@@ -78,7 +78,8 @@ async fn no_secret_is_shown(lab: Arc<Lab>, couchdb_password: &str) {
     lab.install().await;
     let (db, target) = (lab.create("posts").await, lab.create("target").await);
     let inline = encode(INLINE_PASSWORD);
-    let port = free_port();
+    let nobody = OwnPort::new();
+    let port = nobody.number;
     let url = |text: String| json!({ "url": text });
     lab.rule("good", &db, "/good", url(lab.receiver.url_for_user("apiuser", "/good"))).await;
     lab.rule("dead", &db, "/dead", url(lab.receiver.url_for_user("apiuser", "/dead"))).await;

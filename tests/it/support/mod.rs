@@ -3,6 +3,7 @@
 pub mod couch;
 pub mod lab;
 pub mod original;
+pub mod port;
 pub mod process;
 pub mod proxy;
 pub mod receiver;
@@ -11,6 +12,7 @@ pub mod wait;
 
 pub use couch::Couch;
 pub use lab::Lab;
+pub use port::OwnPort;
 pub use process::Spiegel;
 pub use proxy::{Fault, Proxy};
 pub use receiver::{Answer, Receiver, Request};

@@ -281,8 +281,3 @@ fn spawn(settings: &BTreeMap<String, String>, arguments: &[String], lines: &Line
     lines.read(child.stderr.take().expect("a pipe"));
     child
 }
-
-/// Free a moment ago.
-pub fn free_port() -> u16 {
-    std::net::TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a free port").port()
-}

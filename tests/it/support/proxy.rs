@@ -11,6 +11,8 @@ use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
+use super::port::OwnPort;
+
 #[derive(Clone, Debug, PartialEq)]
 pub enum Fault {
     None,
@@ -42,7 +44,7 @@ struct Shared {
 
 #[derive(Clone)]
 pub struct Proxy {
-    port: u16,
+    port: Arc<OwnPort>,
     shared: Arc<Shared>,
 }
 
@@ -58,14 +60,13 @@ impl Proxy {
             truncated: AtomicU64::new(0),
             requests: Mutex::default(),
         });
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
-        let port = listener.local_addr().expect("an address").port();
-        tokio::spawn(listen(port, listener, shared.clone()));
+        let port = Arc::new(OwnPort::new());
+        tokio::spawn(listen(port.clone(), port.listen(), shared.clone()));
         Self { port, shared }
     }
 
     pub fn base(&self) -> String {
-        format!("http://127.0.0.1:{}", self.port)
+        format!("http://127.0.0.1:{}", self.port.number)
     }
 
     /// From now on, also for the connections that are open.
@@ -105,8 +106,8 @@ impl Proxy {
     }
 }
 
-/// Listens, but for the times when it refuses: then the port is closed.
-async fn listen(port: u16, listener: TcpListener, shared: Arc<Shared>) {
+/// Listens, but for the times when it refuses: then nobody does.
+async fn listen(port: Arc<OwnPort>, listener: TcpListener, shared: Arc<Shared>) {
     let mut fault = shared.fault.subscribe();
     let mut listener = Some(listener);
     loop {
@@ -117,16 +118,7 @@ async fn listen(port: u16, listener: TcpListener, shared: Arc<Shared>) {
             }
             continue;
         }
-        let open = match &listener {
-            Some(open) => open,
-            None => match TcpListener::bind(("127.0.0.1", port)).await {
-                Ok(again) => listener.insert(again),
-                Err(_) => {
-                    tokio::time::sleep(Duration::from_millis(20)).await;
-                    continue;
-                }
-            },
-        };
+        let open = listener.get_or_insert_with(|| port.listen());
         tokio::select! {
             accepted = open.accept() => if let Ok((client, _)) = accepted {
                 tokio::spawn(connection(client, shared.clone()));
@@ -138,6 +130,10 @@ async fn listen(port: u16, listener: TcpListener, shared: Arc<Shared>) {
 
 async fn connection(client: TcpStream, shared: Arc<Shared>) {
     let mut cuts = shared.cuts.subscribe();
+    // Accepted between the fault and the closing of the port: its cut may be over, and it would be kept alive through the outage.
+    if *shared.fault.borrow() == Fault::Refuse {
+        return;
+    }
     let _ = client.set_nodelay(true);
     let work = async {
         // A stopped node's kernel still accepts.
