@@ -88,11 +88,18 @@ async fn a_slow_receiver_of_a_whole_database_in_order_delays_no_other_rule(lab: 
     assert!(slow.windows(2).all(|pair| pair[0].answered.unwrap() <= pair[1].arrived), "never two at once");
 }
 
-async fn a_page_that_only_the_slow_rule_wants_delays_no_other_rule(lab: Arc<Lab>) {
+/// A database with a rule for each type of documents, which are told to the path of its name.
+async fn rules_for_types(lab: &Lab, types: [&str; 2]) -> String {
     lab.install().await;
     let db = lab.create("posts").await;
-    lab.rule("slow", &db, "/slow", json!({ "if": { "type": "^slow$" } })).await;
-    lab.rule("quick", &db, "/quick", json!({ "if": { "type": "^quick$" } })).await;
+    for name in types {
+        lab.rule(name, &db, &format!("/{name}"), json!({ "if": { "type": format!("^{name}$") } })).await;
+    }
+    db
+}
+
+async fn a_page_that_only_the_slow_rule_wants_delays_no_other_rule(lab: Arc<Lab>) {
+    let db = rules_for_types(&lab, ["slow", "quick"]).await;
     let gate = behind_a_gate(&lab);
     let _spiegel = lab.spiegel_with(PATIENT).await;
     for turn in ["a", "b"] {
@@ -110,10 +117,7 @@ async fn a_page_that_only_the_slow_rule_wants_delays_no_other_rule(lab: Arc<Lab>
 
 /// Two rules whose receivers both take their time: what comes for one is sent while the other is under way.
 async fn slow_ones_do_not_wait_for_each_other(lab: Arc<Lab>) {
-    lab.install().await;
-    let db = lab.create("posts").await;
-    lab.rule("slow", &db, "/slow", json!({ "if": { "type": "^slow$" } })).await;
-    lab.rule("other", &db, "/other", json!({ "if": { "type": "^other$" } })).await;
+    let db = rules_for_types(&lab, ["slow", "other"]).await;
     let gate = behind_a_gate(&lab);
     lab.receiver.answer("/other", Answer::ok().after(std::time::Duration::from_millis(600)));
     let _spiegel = lab.spiegel_with(PATIENT).await;
