@@ -35,6 +35,11 @@ pub struct Rev {
     pub rev: String,
 }
 
+/// The number before a revision's dash: of two revisions of one document the higher is the later one.
+pub fn generation(rev: &str) -> u64 {
+    rev.split('-').next().and_then(|number| number.parse().ok()).unwrap_or(0)
+}
+
 /// One page of changes.
 #[derive(Debug)]
 pub struct Changes {
@@ -221,6 +226,13 @@ fn parse_line(line: &[u8]) -> FeedLine {
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn generations_are_numbers() {
+        for (rev, expected) in [("10-a", 10), ("9-z", 9), ("", 0), ("x-1", 0), ("-", 0)] {
+            assert_eq!(generation(rev), expected, "{rev}");
+        }
+    }
 
     #[test]
     fn a_malformed_row_leaves_its_neighbours() {

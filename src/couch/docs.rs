@@ -8,6 +8,9 @@ use serde_json::value::RawValue;
 use serde_json::{Value, json};
 use std::sync::Arc;
 
+/// By default (`[chttpd] max_db_number_for_dbs_info_req`).
+pub const DBS_INFO_KEYS_MAX: usize = 100;
+
 /// What `_bulk_docs` said of one document.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum WriteResult {
@@ -111,7 +114,7 @@ impl Couch {
         self.json("_all_dbs", request).await
     }
 
-    /// `_dbs_info`: for each name, in order, its info, or None where there is no such database.
+    /// `_dbs_info`: for each name, in order, its info, or None where there is no such database. At most `DBS_INFO_KEYS_MAX`.
     pub async fn dbs_info(&self, names: &[&str]) -> Result<Vec<Option<DbInfo>>> {
         #[derive(Deserialize)]
         struct Entry {

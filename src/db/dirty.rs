@@ -4,6 +4,7 @@
 //! the change: the new revision tells whoever holds the lock. A lock that was taken after we had seen the document without one is
 //! younger than the change, and whoever took it reads the change as well.
 
+use crate::couch::generation;
 use crate::db::{known, listen};
 use crate::job::timestamp;
 use crate::topology::replicator::Replicator;
@@ -39,19 +40,21 @@ pub struct Seen {
 impl Seen {
     pub fn of(doc: Option<&Value>) -> Self {
         let updated_at = doc.map_or(Value::Null, |doc| doc["updated_at"].clone());
-        Self { is_unlocked: doc.is_none_or(|doc| !is_set(&doc["locked_at"])), updated_at, generation: doc.map_or(0, generation) }
+        Self {
+            is_unlocked: doc.is_none_or(|doc| !is_set(&doc["locked_at"])),
+            updated_at,
+            generation: doc.map_or(0, generation_of),
+        }
     }
 
     /// Somebody wrote it since.
     pub fn is_older_than(&self, doc: Option<&Value>) -> bool {
-        self.generation != doc.map_or(0, generation)
+        self.generation != doc.map_or(0, generation_of)
     }
 }
 
-/// The number before the dash of a revision.
-fn generation(doc: &Value) -> u64 {
-    let number = doc["_rev"].as_str().and_then(|rev| rev.split_once('-')?.0.parse().ok());
-    number.unwrap_or_default()
+fn generation_of(doc: &Value) -> u64 {
+    generation(doc["_rev"].as_str().unwrap_or_default())
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -127,7 +130,7 @@ fn is_taken(doc: &Value, before: Option<&Seen>) -> bool {
         true => doc["dirty"] != Value::Bool(false),
         false => {
             let is_run_later = is_set(&doc["updated_at"]) && doc["updated_at"] != before.updated_at;
-            doc["dirty"] == Value::Bool(false) && is_run_later && generation(doc) >= before.generation + REVISIONS_OF_A_RUN
+            doc["dirty"] == Value::Bool(false) && is_run_later && generation_of(doc) >= before.generation + REVISIONS_OF_A_RUN
         }
     }
 }

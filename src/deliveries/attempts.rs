@@ -3,11 +3,11 @@
 use super::index::Entry;
 use super::missing::Missing;
 use super::park::failed_again;
-use super::parked::{Disabled, Key, Parked, State, generation};
+use super::parked::{Disabled, Key, Parked, State};
 use super::tidy::TIDY_EVERY;
 use super::{Arguments, Deliveries};
-use crate::couch::docs::Current;
-use crate::couch::{CouchError, Rev, Row, Seq, WriteResult};
+use crate::couch::docs::{Current, DBS_INFO_KEYS_MAX};
+use crate::couch::{CouchError, Rev, Row, Seq, WriteResult, generation};
 use crate::job::{DbName, Failed, Outcome, Verdict};
 use crate::rules::catalogue::{Snapshot, changed_rules};
 use crate::rules::document::Document;
@@ -28,8 +28,6 @@ const TOGETHER: Duration = Duration::from_millis(250);
 /// Documents that are read by one request, and such requests at once.
 const OF_ONE_DATABASE_MAX: usize = 50;
 const READS_MAX: usize = 16;
-/// CouchDB tells of no more databases at once, unless it is configured to.
-const INFOS_MAX: usize = 100;
 /// What cannot be tried now, because its rule is disabled or damaged, is looked at again after this.
 pub const NOT_NOW: Duration = Duration::from_secs(60);
 /// CouchDB did not answer as it should; it is asked again after this.
@@ -173,7 +171,7 @@ impl Tries {
         }
         // A database that was made again has equal revisions that are other changes.
         let dbs: Vec<DbName> = by_db.keys().cloned().collect();
-        for dbs in dbs.chunks(INFOS_MAX) {
+        for dbs in dbs.chunks(DBS_INFO_KEYS_MAX) {
             let names: Vec<&str> = dbs.iter().map(|db| &**db).collect();
             let infos = self.arguments.couch.dbs_info(&names).await.unwrap_or_default();
             for (db, info) in dbs.iter().zip(infos) {
@@ -182,18 +180,15 @@ impl Tries {
                 }
             }
         }
-        let parts = by_db.into_iter().flat_map(|(db, claimed)| {
-            let mut claimed = claimed.into_iter();
-            let part =
-                move || Some(claimed.by_ref().take(OF_ONE_DATABASE_MAX).collect::<Vec<_>>()).filter(|part| !part.is_empty());
-            std::iter::from_fn(part).map(move |part| (db.clone(), part))
-        });
         let (mut under_way, mut keys_of) = (JoinSet::new(), HashMap::new());
-        for (db, claimed) in parts {
-            let keys: Vec<Key> = claimed.iter().map(|it| it.parked.key()).collect();
-            let tries = self.clone();
-            let task = under_way.spawn(async move { tries.of_database(db, claimed, until).await });
-            keys_of.insert(task.id(), keys);
+        for (db, mut claimed) in by_db {
+            while !claimed.is_empty() {
+                let part: Vec<Claimed> = claimed.drain(..claimed.len().min(OF_ONE_DATABASE_MAX)).collect();
+                let keys: Vec<Key> = part.iter().map(|it| it.parked.key()).collect();
+                let (tries, db) = (self.clone(), db.clone());
+                let task = under_way.spawn(async move { tries.of_database(db, part, until).await });
+                keys_of.insert(task.id(), keys);
+            }
         }
         while let Some(ended) = under_way.join_next_with_id().await {
             if let Err(crash) = ended {

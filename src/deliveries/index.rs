@@ -3,7 +3,8 @@
 //! The database is the truth. This is filled from it before anything is delivered, follows its changes, and takes in each
 //! write of ours when it is confirmed. An entry is about 300 bytes, and their number has a bound (`Bounds`).
 
-use super::parked::{Disabled, Key, Parked, State, generation};
+use super::parked::{Disabled, Key, Parked, State};
+use crate::couch::generation;
 use crate::job::DbName;
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Arc;

@@ -239,11 +239,6 @@ impl Disabled {
     }
 }
 
-/// The number before a revision's dash: of two revisions of one document the higher is the later one.
-pub fn generation(rev: &str) -> u64 {
-    rev.split('-').next().and_then(|number| number.parse().ok()).unwrap_or(0)
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 mod tests {
@@ -312,13 +307,6 @@ mod tests {
         let read = Disabled::read(&doc).expect("it is one");
         assert_eq!((read.rule.as_str(), read.rule_rev.as_str()), ("r/1 x", "2-b"));
         assert_eq!(Disabled::read(&parked().write(None)), None);
-    }
-
-    #[test]
-    fn generations_are_numbers() {
-        for (rev, expected) in [("10-a", 10), ("9-z", 9), ("", 0), ("x-1", 0), ("-", 0)] {
-            assert_eq!(generation(rev), expected, "{rev}");
-        }
     }
 
     proptest! {

@@ -6,7 +6,7 @@
 //! can look unchanged right after a write, and differ by replica, so equality is only a saving and every 24th sweep hints every
 //! database.
 
-use crate::couch::docs::DbInfo;
+use crate::couch::docs::{DBS_INFO_KEYS_MAX, DbInfo};
 use crate::couch::fingerprint::Fingerprint;
 use crate::couch::{Couch, CouchError};
 use crate::db::listen::document_id;
@@ -145,8 +145,6 @@ pub struct Sweeper {
 }
 
 const NAMES_PAGE: usize = 1000;
-/// `_dbs_info` takes at most 100 keys by default (`[chttpd] max_db_number_for_dbs_info_req`).
-const INFO_KEYS: usize = 100;
 /// Two such requests a second keep a sweep of 100,000 databases below a tenth of what CouchDB can do.
 const INFO_EVERY: Duration = Duration::from_millis(500);
 impl Sweeper {
@@ -168,7 +166,7 @@ impl Sweeper {
             // The page starts with the name that the one before ended with.
             let names: Vec<&str> = page.iter().map(String::as_str).filter(|name| Some(*name) != from.as_deref()).collect();
             let wanted: Vec<&str> = names.iter().copied().filter(|name| in_scope(name)).collect();
-            for keys in wanted.chunks(INFO_KEYS) {
+            for keys in wanted.chunks(DBS_INFO_KEYS_MAX) {
                 pace.tick().await;
                 let infos = self.couch.dbs_info(keys).await?;
                 if !ask_all {

@@ -4,6 +4,7 @@
 //! becomes durable in its document, in the original's words: due now is `dirty: true`, backing off is `dirty: false` with a
 //! `dirty_at`, settled is `dirty: false`. Whoever waits is told once the work is done or durable.
 
+use crate::couch::generation;
 use crate::job::Piece;
 use crate::replicate::{Progress, shown};
 use crate::topology::replicator::Replicator;
@@ -566,11 +567,6 @@ impl Entry {
 fn save(id: &Id, entry: &mut Entry, change: Change, pieces: Vec<Piece>) -> Action {
     entry.saving += 1;
     Action::Save { id: id.clone(), change, pieces }
-}
-
-/// The number before a revision's dash: it only grows along a document's history.
-fn generation(rev: &str) -> u64 {
-    rev.split_once('-').and_then(|(number, _)| number.parse().ok()).unwrap_or(0)
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 //!
 //! It keeps those that are owed work or locked, and no others; their texts only while few of them wait for a place.
 
+use crate::couch::generation;
 use crate::locks::look::{Known, Next, next};
 use crate::locks::mend::conflicts_of;
 use crate::locks::{Kind, Settings};
@@ -71,10 +72,6 @@ fn lane(kind: Kind) -> usize {
         Kind::ChangeListener => 0,
         Kind::Replicator => 1,
     }
-}
-
-fn generation(rev: &str) -> u64 {
-    rev.split('-').next().and_then(|number| number.parse().ok()).unwrap_or_default()
 }
 
 pub fn has_conflicts(doc: &Value) -> bool {

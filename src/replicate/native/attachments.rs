@@ -6,7 +6,7 @@
 //! on either side has an end; and once the target has answered, nothing more is read.
 
 use super::elements::{AttachmentInfo, Shallow};
-use crate::couch::{CouchError, chain_of, encode_doc_id, encode_segment, retry_after};
+use crate::couch::{CouchError, chain_of, encode_doc_id, encode_segment, generation, retry_after};
 use futures_util::Stream;
 use futures_util::stream::try_unfold;
 use http::{StatusCode, Version, header};
@@ -105,7 +105,6 @@ fn ancestor_generation(doc: &Shallow, atts_since: &[impl AsRef<str>]) -> u64 {
 pub fn source_path(doc_id: &str, rev: &str, atts_since: &[impl AsRef<str>]) -> String {
     let mut path =
         format!("{}?rev={}&revs=true&attachments=true&att_encoding_info=true", encode_doc_id(doc_id), encode_segment(rev));
-    let generation = |rev: &str| rev.split_once('-').and_then(|(generation, _)| generation.parse::<u64>().ok()).unwrap_or(0);
     let mut revs: Vec<&str> = atts_since.iter().map(AsRef::as_ref).collect();
     revs.sort_by_key(|rev| std::cmp::Reverse(generation(rev)));
     let mut list = String::new();

@@ -205,29 +205,21 @@ impl Behind {
 
     /// Whether the target still has what was written since its last checkpoint.
     async fn has_all(&self, unsaved: &Unsaved) -> Result<bool> {
-        let rows = unsaved.written.rows();
-        if rows.is_empty() {
-            return Ok(true);
-        }
-        let diff = self.shared.revs_diff(&unsaved.target, Arc::new(rows)).await?;
+        Ok(unsaved.written.is_empty() || self.knows(&unsaved.target, unsaved.written.rows()).await?)
+    }
+
+    async fn knows(&self, side: &Peer, revs: Vec<(String, Vec<String>)>) -> Result<bool> {
+        let diff = self.shared.revs_diff(side, Arc::new(revs)).await?;
         Ok(diff.values().all(|missing| missing.missing.is_empty()))
     }
 
     /// Whether a source once had these revisions. What it keeps no trace of, and what it lets nobody ask, is no sign that it
     /// did not.
     pub async fn had(&self, source: &Peer, revs: Vec<(String, Vec<String>)>) -> Result<bool> {
-        let had = match self.shared.revs_diff(source, Arc::new(revs)).await {
-            Ok(diff) => diff.values().all(|missing| missing.missing.is_empty()),
-            Err(error) if error.is_answer() => true,
-            Err(error) => return Err(error),
-        };
-        match had {
-            true => Ok(true),
-            false => match source.revs_limit().await {
-                Ok(limit) => Ok(limit < FEW_REVS),
-                Err(error) if error.is_answer() => Ok(true),
-                Err(error) => Err(error),
-            },
+        let asked = async { Ok(self.knows(source, revs).await? || source.revs_limit().await? < FEW_REVS) };
+        match asked.await {
+            Err(error) if PeerError::is_answer(&error) => Ok(true),
+            other => other,
         }
     }
 

@@ -6,11 +6,11 @@
 
 use super::peer::{ChangesRow, Page};
 use super::written::{Remembered, Written};
-use crate::couch::Seq;
+use crate::couch::{Seq, generation};
 use std::collections::HashMap;
 
 /// More are not asked for again: then both checkpoints are written soon.
-pub const ROWS_MAX: usize = 10;
+const ROWS_MAX: usize = 10;
 /// The same for the documents that come along with them.
 const BYTES_MAX: usize = 64 * 1024;
 
@@ -18,7 +18,6 @@ const BYTES_MAX: usize = 64 * 1024;
 pub struct Overlap {
     pub since: Seq,
     rows: Written,
-    count: usize,
 }
 
 /// What the source answered to "what comes after where the last run began?".
@@ -42,11 +41,11 @@ impl Overlap {
         }
         let mut rows = Written::new(all);
         rows.add(page.rows.iter());
-        Some(Self { since: since.clone(), rows, count: page.rows.len() })
+        Some(Self { since: since.clone(), rows })
     }
 
     pub fn rows(&self) -> usize {
-        self.count
+        self.rows.len()
     }
 
     /// What is where it was tells that a copy, if this is one, is no older than the place where the last run began: then nothing
@@ -76,8 +75,7 @@ impl Overlap {
 }
 
 fn highest(revs: &[String]) -> u64 {
-    let generation = |rev: &String| rev.split_once('-').and_then(|(generation, _)| generation.parse().ok()).unwrap_or(0);
-    revs.iter().map(generation).max().unwrap_or(0)
+    revs.iter().map(|rev| generation(rev)).max().unwrap_or(0)
 }
 
 #[cfg(test)]

@@ -312,7 +312,8 @@ impl Run<'_> {
 
     async fn read_ahead(&self, position: &Position) -> Result<(News, Arc<Page>)> {
         let mut page = self.read_after(position, position.overlap.as_deref()).await?;
-        if page.last_seq.number() < position.since.number() {
+        let news_of = |page: &Page| News::of_page(&position.since, &page.last_seq, page.rows.is_empty());
+        if news_of(&page) == News::WentBack {
             return Ok((News::WentBack, page));
         }
         match position.overlap.as_ref().map(|overlap| overlap.find(&page, !self.parameters.winning_revs_only)) {
@@ -324,7 +325,7 @@ impl Run<'_> {
             Some(Found::Unsure(read)) if self.behind.had(&self.transfer.source, read.clone()).await? => {}
             Some(Found::Unsure(_) | Found::Gone) => return Ok((News::WentBack, page)),
         }
-        Ok((News::of_page(&position.since, &page.last_seq, page.rows.is_empty()), page))
+        Ok((news_of(&page), page))
     }
 
     /// What comes after a known position is little, mostly, and where it was first revisions the last time, with them.

@@ -54,6 +54,14 @@ impl Written {
         self.all.0.fetch_sub(before, Ordering::Relaxed);
     }
 
+    pub fn len(&self) -> usize {
+        self.rows.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.rows.is_empty()
+    }
+
     /// Of each document what came last: a target may keep no older revisions, and then it does not know those before.
     pub fn rows(&self) -> Vec<(String, Vec<String>)> {
         let mut seen = HashSet::new();
