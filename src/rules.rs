@@ -26,6 +26,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
+use tokio::time::Instant;
 
 pub enum Message {
     /// The task that reads the spiegel database ended, which it never should.
@@ -99,6 +100,9 @@ struct Reader {
 const LOAD_PAGE: usize = 1000;
 /// Many documents that change together are one new snapshot.
 const PUBLISH_EVERY: Duration = Duration::from_millis(50);
+/// A snapshot of a hundred thousand replicators takes a while, and locks write them all the time: no more than a tenth of a core.
+const PUBLISH_SHARE: u32 = 10;
+const PUBLISH_LATEST: Duration = Duration::from_secs(1);
 
 impl Reader {
     async fn run(&mut self) {
@@ -131,25 +135,39 @@ impl Reader {
         let (couch, db_name) = (&self.arguments.couch, &self.arguments.db_name);
         let mut feed = couch.changes_feed(db_name, &query, self.arguments.heartbeat).await?;
         let mut unpublished = false;
-        let mut published = tokio::time::Instant::now();
-        while let Some(line) = feed.next().await? {
-            match line {
-                FeedLine::Heartbeat => {}
-                FeedLine::Row(row) => unpublished |= self.take(row),
+        let (mut not_before, mut at_latest) = (Instant::now(), Instant::now());
+        loop {
+            let line = match unpublished {
+                true => tokio::time::timeout_at(at_latest, feed.next()).await.ok(),
+                false => Some(feed.next().await),
+            };
+            match line.transpose()? {
+                // It is time.
+                None => {}
+                Some(None) => return Ok(()),
+                Some(Some(FeedLine::Heartbeat)) => {}
+                Some(Some(FeedLine::Row(row))) => {
+                    let is_first = self.take(row) && !std::mem::replace(&mut unpublished, true);
+                    if is_first {
+                        at_latest = not_before.max(Instant::now() + PUBLISH_EVERY);
+                    }
+                }
                 // The database was deleted: read it anew when it is back.
-                FeedLine::LastSeq(_) => {
+                Some(Some(FeedLine::LastSeq(_))) => {
                     self.since = None;
                     return Ok(());
                 }
-                FeedLine::Malformed(what) => tracing::warn!(db = %self.arguments.db_name, what, "malformed row"),
+                Some(Some(FeedLine::Malformed(what))) => {
+                    tracing::warn!(db = %self.arguments.db_name, what, "malformed row");
+                }
             }
-            if unpublished && (!feed.has_buffered_line() || published.elapsed() > PUBLISH_EVERY) {
+            let now = Instant::now();
+            if unpublished && now >= not_before && (!feed.has_buffered_line() || now >= at_latest) {
                 self.publish();
                 unpublished = false;
-                published = tokio::time::Instant::now();
+                not_before = Instant::now() + (now.elapsed() * PUBLISH_SHARE).min(PUBLISH_LATEST);
             }
         }
-        Ok(())
     }
 
     /// Everything since the last position, page by page; from the beginning where there is none.
