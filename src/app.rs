@@ -390,6 +390,7 @@ impl State {
                     places: settings.roles.concurrency,
                     own: own.clone(),
                     mixed: mixed.clone(),
+                    alone_after: settings.roles.alone_after,
                     metrics: metrics.clone(),
                     alone: self.alone(),
                 };

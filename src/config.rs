@@ -118,6 +118,8 @@ pub struct RoleSettings {
     pub check_stalled: Duration,
     /// So long without a renewal, and a lock of ours is a dead process's.
     pub stale_after: Duration,
+    /// So long without a sign of others, and `run` works without locks again.
+    pub alone_after: Duration,
 }
 
 #[derive(Debug, Clone)]

@@ -108,6 +108,7 @@ pub struct Arguments {
     pub places: usize,
     pub own: Arc<OwnRevs>,
     pub mixed: Mixed,
+    pub alone_after: Duration,
     pub metrics: Arc<Metrics>,
     /// Called when the others are gone: what is left dirty is ours alone again.
     pub alone: Arc<dyn Fn() + Send + Sync>,
@@ -174,7 +175,7 @@ impl Actor for Workers {
         }
         Ok(State {
             board: Board::new(&shared.me, shared.settings.clone(), arguments.places),
-            coexistence: Coexistence::of(&arguments.mixed, Instant::now()),
+            coexistence: Coexistence::of(&arguments.mixed, arguments.alone_after, Instant::now()),
             arguments,
             jobs: HashMap::new(),
             tasks,

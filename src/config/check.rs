@@ -26,6 +26,8 @@ const YEAR: Duration = Duration::from_secs(366 * 24 * 3600);
 const DAY: Duration = Duration::from_secs(24 * 3600);
 /// Below this a heartbeat is load, and every hiccup of the network a reconnect.
 const HEARTBEAT_MIN: Duration = Duration::from_millis(100);
+/// Who wrote a mark is known two seconds after it.
+const ALONE_MIN: Duration = Duration::from_secs(5);
 /// A page of more changes than this no longer fits comfortably into memory with its documents.
 const BATCH_MAX: u64 = 10_000;
 /// A process has about a thousand file descriptors by default; more than this is a slip of the pen everywhere.
@@ -80,6 +82,7 @@ impl Reader {
                 retry_after: self.duration("roles.retry_after", MOMENT..=YEAR),
                 check_stalled: self.duration("roles.check_stalled", MOMENT..=YEAR),
                 stale_after: self.duration("roles.stale_after", HEARTBEAT_MIN..=YEAR),
+                alone_after: self.duration("roles.alone_after", ALONE_MIN..=YEAR),
             },
             feed: FeedSettings {
                 heartbeat: self.duration("feed.heartbeat", HEARTBEAT_MIN..=YEAR),

@@ -34,6 +34,7 @@ fn another_value(key: &str) -> &'static str {
         "roles.retry_after" => "2h",
         "roles.check_stalled" => "2m",
         "roles.stale_after" => "90s",
+        "roles.alone_after" => "11m",
         "couchdb.url" => "https://u:p%40ss@couch.example:6984/prefix",
         "couchdb.connect_timeout" => "3s",
         "couchdb.read_timeout" => "31s",

@@ -6,8 +6,11 @@ use serde_json::Value;
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Coexistence {
+    /// So long without a sign, and they are gone: the original sweeps nothing, so a quiet hour of the databases looks the same,
+    /// and the first sign of life makes us careful again.
+    alone_after: Duration,
     last_sign: Option<Instant>,
     /// Dirty or locked by a revision that may be our own: the answer to our write may come later than its row.
     suspects: VecDeque<(Instant, String, String)>,
@@ -16,14 +19,12 @@ pub struct Coexistence {
 /// A write's answer is no later than that after its row.
 const ANSWERED_AFTER: Duration = Duration::from_secs(2);
 const SUSPECTS_MAX: usize = 1000;
-/// So long without a sign, and they are gone: the original sweeps nothing, so a quiet hour of the databases looks the same, and
-/// the first sign of life makes us careful again.
-const ALONE_AFTER: Duration = Duration::from_secs(600);
 
 impl Coexistence {
     /// Where work is taken by locks already, others were seen before a crash of whoever knew of them.
-    pub fn of(mixed: &Mixed, age: Instant) -> Self {
-        Self { last_sign: (mixed.is_on() && !mixed.is_fixed()).then_some(age), suspects: VecDeque::new() }
+    pub fn of(mixed: &Mixed, alone_after: Duration, age: Instant) -> Self {
+        let last_sign = (mixed.is_on() && !mixed.is_fixed()).then_some(age);
+        Self { alone_after, last_sign, suspects: VecDeque::new() }
     }
 
     pub fn row(&mut self, doc: &Value, me: &str, own: &OwnRevs, age: Instant) {
@@ -44,7 +45,7 @@ impl Coexistence {
     /// Whether there was no sign of others for long.
     pub fn is_alone(&mut self, own: &OwnRevs, age: Instant) -> bool {
         self.settle(own, age);
-        self.last_sign.is_none_or(|at| age.saturating_duration_since(at) >= ALONE_AFTER)
+        self.last_sign.is_none_or(|at| age.saturating_duration_since(at) >= self.alone_after)
     }
 
     /// What was dirtied by a revision that still is not ours was dirtied by others.
@@ -53,15 +54,17 @@ impl Coexistence {
             && age.saturating_duration_since(*at) >= ANSWERED_AFTER
         {
             if !own.knows(id, rev) {
-                self.last_sign = Some(age);
+                self.last_sign = Some(*at);
             }
             self.suspects.pop_front();
         }
     }
 
+    /// When to look again, whoever writes meanwhile.
     pub fn next_due(&self, age: Instant) -> Option<Duration> {
-        let (at, ..) = self.suspects.front()?;
-        Some((*at + ANSWERED_AFTER).saturating_duration_since(age))
+        let answered = self.suspects.front().map(|(at, ..)| *at + ANSWERED_AFTER);
+        let alone = self.last_sign.map(|at| at + self.alone_after).filter(|at| *at > age);
+        Some([answered, alone].into_iter().flatten().min()?.saturating_duration_since(age))
     }
 }
 
@@ -71,6 +74,12 @@ mod tests {
     use super::*;
     use serde_json::json;
 
+    const ALONE_AFTER: Duration = Duration::from_secs(600);
+
+    fn coexistence(age: Instant) -> Coexistence {
+        Coexistence::of(&Mixed::auto(), ALONE_AFTER, age)
+    }
+
     fn row(rev: &str, more: Value) -> Value {
         let mut doc = json!({ "_id": "d", "_rev": rev, "type": "replicator" });
         doc.as_object_mut().unwrap().extend(more.as_object().cloned().unwrap());
@@ -79,18 +88,20 @@ mod tests {
 
     #[test]
     fn a_lock_of_others_is_a_sign() {
-        let (mut coexistence, own, age) = (Coexistence::default(), OwnRevs::default(), Instant::now());
+        let (own, age) = (OwnRevs::default(), Instant::now());
+        let mut coexistence = coexistence(age);
         coexistence.row(&row("1-a", json!({ "dirty": false })), "me", &own, age);
         assert!(coexistence.is_alone(&own, age));
         coexistence.row(&row("2-a", json!({ "locked_at": "2027-01-01T00:00:00.000Z" })), "me", &own, age);
-        let seen = age + ANSWERED_AFTER;
-        assert!(!coexistence.is_alone(&own, seen));
-        assert!(!coexistence.is_alone(&own, seen + ALONE_AFTER - Duration::from_secs(1)));
-        assert!(coexistence.is_alone(&own, seen + ALONE_AFTER));
+        let known = age + ANSWERED_AFTER;
+        assert!(!coexistence.is_alone(&own, known));
+        assert_eq!(coexistence.next_due(known), Some(ALONE_AFTER - ANSWERED_AFTER), "nobody else may wake us");
+        assert!(!coexistence.is_alone(&own, age + ALONE_AFTER - Duration::from_secs(1)));
+        assert!(coexistence.is_alone(&own, age + ALONE_AFTER));
         // A dead process's lock in a document that we wrote.
         own.wrote("d", "3-a");
         coexistence.row(&row("3-a", json!({ "locked_at": 5 })), "me", &own, age);
-        assert!(coexistence.is_alone(&own, seen + ALONE_AFTER));
+        assert!(coexistence.is_alone(&own, age + ALONE_AFTER));
     }
 
     #[test]
@@ -99,7 +110,7 @@ mod tests {
         for (is_on, is_alone) in [(false, true), (true, false)] {
             let mixed = Mixed::auto();
             mixed.set(is_on);
-            let mut coexistence = Coexistence::of(&mixed, age);
+            let mut coexistence = Coexistence::of(&mixed, ALONE_AFTER, age);
             assert_eq!(coexistence.is_alone(&own, age), is_alone, "{is_on}");
             assert!(coexistence.is_alone(&own, age + ALONE_AFTER), "and does not wait for ever for one who is gone");
         }
@@ -108,7 +119,8 @@ mod tests {
     #[test]
     fn what_we_dirtied_ourselves_is_none_however_late_the_answer() {
         for (is_ours, is_late) in [(true, false), (true, true), (false, false)] {
-            let (mut coexistence, own, age) = (Coexistence::default(), OwnRevs::default(), Instant::now());
+            let (own, age) = (OwnRevs::default(), Instant::now());
+            let mut coexistence = coexistence(age);
             if is_ours && !is_late {
                 own.wrote("d", "1-a");
             }
@@ -118,7 +130,7 @@ mod tests {
                 own.wrote("d", "1-a");
             }
             assert_eq!(coexistence.is_alone(&own, age + ANSWERED_AFTER), is_ours);
-            assert_eq!(coexistence.next_due(age), None);
+            assert_eq!(coexistence.next_due(age).is_none(), is_ours);
         }
     }
 }
