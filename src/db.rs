@@ -11,6 +11,7 @@ pub mod dirty;
 pub mod durable;
 pub mod failing;
 pub mod gather;
+pub mod held;
 pub mod known;
 pub mod late;
 pub mod listen;

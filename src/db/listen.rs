@@ -10,6 +10,7 @@ use crate::db::Instance;
 use crate::db::deliver::{Addressee, DISABLED_FOR, Delivered, Means, RuleFailure, Wait, deliver};
 use crate::db::failing::Failing;
 use crate::db::gather::{Leave, PATIENCE};
+use crate::db::held;
 use crate::db::known;
 use crate::db::late::Late;
 use crate::db::positions::{Positions, RuleId, RuleStart};
@@ -24,7 +25,7 @@ use crate::schedule::backoff::Backoff;
 use crate::vault::Vault;
 use crate::webhook::HttpSender;
 use serde_json::{Map, Value};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::{Semaphore, watch};
@@ -66,7 +67,7 @@ pub struct Listener {
     doc: Option<Value>,
     positions: Positions,
     failing: Failing,
-    rule_revs: BTreeMap<RuleId, String>,
+    known_rules: BTreeSet<RuleId>,
     /// How often each was enabled again, as far as we have heard.
     times_enabled: BTreeMap<RuleId, u64>,
     instance_start_time: Option<String>,
@@ -142,6 +143,11 @@ impl Listener {
 
     fn of(tools: &Tools, id: String, db: &DbName, doc: Option<Value>, rules: &[Arc<Rule>]) -> Self {
         let mut positions = Positions::load(doc.as_ref(), &starts(rules));
+        let mut failing = Failing::load(doc.as_ref());
+        if doc.as_ref().is_some_and(held::is_said) {
+            let held = positions.held_rules();
+            failing.retain(|rule| held.contains(rule));
+        }
         if let Some(until) = held_at_most(doc.as_ref(), SystemTime::now(), tools.started.elapsed()) {
             positions.hold_at_most(until);
         }
@@ -149,10 +155,10 @@ impl Listener {
         Self {
             id,
             db: db.clone(),
-            failing: Failing::load(doc.as_ref()),
+            failing,
             doc,
             positions,
-            rule_revs: revs(rules),
+            known_rules: rules.iter().map(|rule| rule.id.clone()).collect(),
             times_enabled: BTreeMap::new(),
             instance_start_time: instance,
             is_instance_unsure: false,
@@ -209,22 +215,21 @@ impl Listener {
     }
 
     fn sync(&mut self, tools: &Tools, rules: &[Arc<Rule>]) {
-        self.positions.sync(&starts(rules));
+        for edited in self.positions.sync(&starts(rules)) {
+            self.failing.forget(&edited);
+        }
         for rule in rules {
-            if self.rule_revs.insert(rule.id.clone(), rule.rev.clone()).is_some_and(|rev| rev != rule.rev) {
-                self.positions.lift_hold(&rule.id);
-                self.failing.forget(&rule.id);
-            }
+            self.known_rules.insert(rule.id.clone());
             let times = tools.deliveries.times_enabled(&rule.id);
             if times > self.times_enabled.insert(rule.id.clone(), times).unwrap_or(0) {
                 self.positions.lift_hold(&rule.id);
             }
         }
-        self.times_enabled.retain(|id, times| *times > 0 && self.rule_revs.contains_key(id));
-        let gone: Vec<RuleId> = self.rule_revs.keys().filter(|id| rules.iter().all(|rule| rule.id != **id)).cloned().collect();
+        self.times_enabled.retain(|id, times| *times > 0 && self.known_rules.contains(id));
+        let gone: Vec<RuleId> = self.known_rules.iter().filter(|id| rules.iter().all(|rule| rule.id != **id)).cloned().collect();
         self.late.retain(|rule| rules.iter().any(|known| known.id == *rule));
         for rule in gone {
-            self.rule_revs.remove(&rule);
+            self.known_rules.remove(&rule);
             tools.rule_health.gone(&rule, &self.db);
         }
     }
@@ -434,7 +439,7 @@ impl Listener {
         self.positions.page_done(index, outcome, until);
         let held = self.positions.held_rules();
         self.failing.retain(|rule| held.contains(rule));
-        for rule in self.rule_revs.keys() {
+        for rule in &self.known_rules {
             match (held.contains(rule), failures.get(rule)) {
                 (true, Some(failure)) => tools.rule_health.failing(rule, &self.db, &failure.error),
                 (true, None) => {}
@@ -557,7 +562,7 @@ pub fn new_document(id: &str, db: &str) -> Map<String, Value> {
 }
 
 fn starts(rules: &[Arc<Rule>]) -> Vec<RuleStart> {
-    rules.iter().map(|rule| RuleStart { id: rule.id.clone(), since: rule.since.map(start_of) }).collect()
+    rules.iter().map(|rule| RuleStart { id: rule.id.clone(), rev: rule.rev.clone(), since: rule.since.map(start_of) }).collect()
 }
 
 fn start_of(since: SinceOverride) -> Seq {
@@ -565,10 +570,6 @@ fn start_of(since: SinceOverride) -> Seq {
         SinceOverride::Zero => Seq::zero(),
         SinceOverride::Now => Seq::from("now"),
     }
-}
-
-fn revs(rules: &[Arc<Rule>]) -> BTreeMap<RuleId, String> {
-    rules.iter().map(|rule| (rule.id.clone(), rule.rev.clone())).collect()
 }
 
 #[cfg(test)]

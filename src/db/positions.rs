@@ -5,6 +5,7 @@
 //! `last_seq`. Seqs are opaque, so nothing here compares two of them for order: what is known comes from who read what when.
 
 use crate::couch::Seq;
+use crate::db::held;
 use crate::job::timestamp;
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
@@ -17,6 +18,7 @@ pub type RuleId = Arc<str>;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RuleStart {
     pub id: RuleId,
+    pub rev: String,
     /// The rule's own `since`, which counts once, when the rule first meets this database.
     pub since: Option<Seq>,
 }
@@ -72,6 +74,7 @@ pub struct Positions {
     joins: usize,
     /// Rules with a `since` of their own are always written, so that it counts only once.
     starts: BTreeMap<RuleId, Seq>,
+    revs: BTreeMap<RuleId, String>,
     /// Whether what is in CouchDB says the same.
     changed: bool,
 }
@@ -85,7 +88,11 @@ impl Positions {
         let ahead_is_valid = ahead.is_some_and(|ahead| ahead.get("from").and_then(Seq::of_json) == base);
         let stored = |rule: &RuleId| ahead?.get("rules")?.get(rule.as_ref()).and_then(Seq::of_json);
 
-        let mut positions = Self { base, groups: Vec::new(), reads: 0, joins: 0, starts: BTreeMap::new(), changed: false };
+        let held = doc.and_then(|doc| held::load(doc, base.as_ref(), rules));
+        let hold_of = |rule: &RuleStart| held.as_ref()?.get(&rule.id).cloned();
+
+        let mut positions =
+            Self { base, groups: Vec::new(), reads: 0, joins: 0, starts: BTreeMap::new(), revs: BTreeMap::new(), changed: false };
         for rule in rules {
             let since = match (ahead_is_valid, stored(&rule.id)) {
                 (true, Some(seq)) => Some(seq),
@@ -93,7 +100,10 @@ impl Positions {
                 (false, Some(_)) => positions.base.clone(),
                 (_, None) => rule.since.clone().or_else(|| positions.base.clone()),
             };
-            positions.place(rule, since);
+            positions.place(rule, since, hold_of(rule));
+        }
+        if held.is_some() {
+            return positions;
         }
         // Of a database that was missing, it is when to look for it again, and no failure.
         let due = doc.filter(|doc| doc["possibly_deleted_at"].is_null()).and_then(|doc| doc["dirty_at"].as_str());
@@ -107,38 +117,49 @@ impl Positions {
         positions
     }
 
-    fn place(&mut self, rule: &RuleStart, since: Option<Seq>) {
+    fn place(&mut self, rule: &RuleStart, since: Option<Seq>, hold: Option<Hold>) {
+        self.revs.insert(rule.id.clone(), rule.rev.clone());
         if let Some(start) = &rule.since {
             self.starts.insert(rule.id.clone(), start.clone());
         }
-        match self.groups.iter_mut().find(|group| group.since == since && group.hold.is_none() && group.delivered.is_empty()) {
+        match self.groups.iter_mut().find(|group| group.since == since && group.hold == hold && group.delivered.is_empty()) {
             Some(group) => {
                 group.rules.insert(rule.id.clone());
                 group.at_end = None;
             }
-            None => self.groups.push(Group::at(BTreeSet::from([rule.id.clone()]), since)),
+            None => self.groups.push(Group { hold, ..Group::at(BTreeSet::from([rule.id.clone()]), since) }),
         }
     }
 
-    /// Rules came and went: a new one starts at `last_seq` or its own `since`.
-    pub fn sync(&mut self, rules: &[RuleStart]) {
+    /// Rules came and went: a new one starts at `last_seq` or its own `since`. Those that were edited are not held any more, what
+    /// held them back may be mended; they are given back.
+    pub fn sync(&mut self, rules: &[RuleStart]) -> Vec<RuleId> {
         let wanted: BTreeSet<&RuleId> = rules.iter().map(|rule| &rule.id).collect();
         for group in &mut self.groups {
             group.rules.retain(|rule| wanted.contains(rule));
         }
         self.groups.retain(|group| !group.rules.is_empty());
         self.starts.retain(|rule, _| wanted.contains(rule));
+        self.revs.retain(|rule, _| wanted.contains(rule));
         let known: BTreeSet<RuleId> = self.groups.iter().flat_map(|group| group.rules.iter().cloned()).collect();
         for rule in rules.iter().filter(|rule| !known.contains(&rule.id)) {
             let since = rule.since.clone().or_else(|| self.base.clone());
-            self.place(rule, since);
+            self.place(rule, since, None);
         }
+        let mut edited = Vec::new();
+        for rule in rules {
+            if self.revs.insert(rule.id.clone(), rule.rev.clone()).is_some_and(|rev| rev != rule.rev) {
+                edited.push(rule.id.clone());
+            }
+        }
+        edited.iter().for_each(|rule| self.lift_hold(rule));
+        edited
     }
 
-    /// A rule was edited: what held it back may be mended.
+    /// What held it back may be mended.
     pub fn lift_hold(&mut self, rule: &RuleId) {
         for group in self.groups.iter_mut().filter(|group| group.rules.contains(rule)) {
-            group.hold = None;
+            self.changed |= group.hold.take().is_some();
         }
     }
 
@@ -393,6 +414,10 @@ impl Positions {
             true => drop(doc.remove("ahead")),
             false => drop(doc.insert(String::from("ahead"), json!({ "from": json_of(self.base.as_ref()), "rules": rules }))),
         }
+        let held = self.groups.iter().filter_map(|group| Some((group, group.hold.as_ref()?)));
+        let rev = |rule| self.revs.get(rule).map_or("", String::as_str);
+        let held = held.flat_map(|(group, hold)| group.rules.iter().map(move |rule| (rule, hold, rev(rule))));
+        held::store(doc, json_of(self.base.as_ref()), held);
         match self.held() {
             Some((due, retries)) => {
                 doc.insert(String::from("dirty_at"), Value::from(timestamp(due)));
@@ -435,7 +460,7 @@ mod tests {
     use std::time::Duration;
 
     fn rule(id: &str) -> RuleStart {
-        RuleStart { id: id.into(), since: None }
+        RuleStart { id: id.into(), rev: "1-r".into(), since: None }
     }
 
     fn page(seqs: &[&str], at_end: bool) -> PageOutcome {
@@ -488,6 +513,35 @@ mod tests {
         assert!(live.hold.is_none());
         let dead = again.groups.iter().find(|group| group.rules.contains("dead")).unwrap();
         assert_eq!((dead.since.clone(), dead.hold.is_some()), (Some(Seq::from("1")), true));
+    }
+
+    #[test]
+    fn each_rule_waits_for_its_own_time_whoever_marks_the_document() {
+        let rules = [rule("dead"), rule("slow"), rule("live")];
+        let mut positions = Positions::load(Some(&json!({ "last_seq": "0" })), &rules);
+        positions.begin_run();
+        let outcome = failing(failing(page(&["1", "2", "3"], true), "dead", 0), "slow", 0);
+        let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+        positions.page_done(0, outcome, |rule, _| at(if rule.is_some_and(|rule| **rule == *"dead") { 100 } else { 200 }));
+        let mut doc = stored(&positions);
+        assert_eq!(doc["dirty_at"], timestamp(at(100)));
+        (doc["dirty"], doc["dirty_at"]) = (json!(true), json!(null));
+
+        let until = |positions: &Positions, rule: &str| {
+            let group = positions.groups.iter().find(|group| group.rules.contains(rule)).unwrap();
+            group.hold.as_ref().map(|hold| hold.until)
+        };
+        let holds = |positions: &Positions| ["dead", "slow", "live"].map(|rule| until(positions, rule));
+        assert_eq!(holds(&Positions::load(Some(&doc), &rules)), [Some(at(100)), Some(at(200)), None]);
+        let edited = [RuleStart { rev: "2-r".into(), ..rule("dead") }, rule("slow"), rule("live")];
+        assert_eq!(holds(&Positions::load(Some(&doc), &edited)), [None, Some(at(200)), None], "an edit may have mended it");
+        assert_eq!(positions.sync(&edited), ["dead".into()]);
+        assert_eq!(holds(&positions), [None, Some(at(200)), None]);
+        assert!(positions.sync(&edited).is_empty());
+        assert!(stored(&positions)["held"]["rules"]["slow"]["rev"] == "1-r", "{}", stored(&positions));
+        // Whoever does without `ahead` has sent everything to every rule up to where he moved the position.
+        doc["last_seq"] = json!("9");
+        assert_eq!(holds(&Positions::load(Some(&doc), &rules)), [None, None, None]);
     }
 
     #[test]
@@ -565,7 +619,7 @@ mod tests {
     #[test]
     fn a_new_rule_starts_at_last_seq_or_at_its_own_since_once() {
         let mut positions = Positions::load(Some(&json!({ "last_seq": "5" })), &[rule("old")]);
-        let zero = RuleStart { id: "zero".into(), since: Some(Seq::zero()) };
+        let zero = RuleStart { id: "zero".into(), rev: "1-r".into(), since: Some(Seq::zero()) };
         positions.sync(&[rule("old"), rule("new"), zero.clone()]);
         assert_eq!(positions.group(0).rules.len(), 2);
         let doc = stored(&positions);
@@ -582,7 +636,7 @@ mod tests {
 
     #[test]
     fn since_now_is_the_moment_of_the_first_read() {
-        let now = RuleStart { id: "n".into(), since: Some(Seq::from("now")) };
+        let now = RuleStart { id: "n".into(), rev: "1-r".into(), since: Some(Seq::from("now")) };
         let mut positions = Positions::load(None, std::slice::from_ref(&now));
         positions.begin_run();
         positions.page_done(0, PageOutcome { last_seq: Some(Seq::from("7")), ..PageOutcome::default() }, LATER);
@@ -648,7 +702,7 @@ mod tests {
             runs in 1usize..4,
             owns in any::<bool>(),
         ) {
-            let own = RuleStart { id: "own".into(), since: owns.then(Seq::zero) };
+            let own = RuleStart { id: "own".into(), rev: "1-r".into(), since: owns.then(Seq::zero) };
             let starts = [rule("a"), rule("b"), own];
             let (mut rows, mut doc) = (had as u64, json!({ "last_seq": 0 }));
             let mut delivered: BTreeMap<RuleId, BTreeSet<u64>> = starts.iter().map(|rule| (rule.id.clone(), BTreeSet::new())).collect();

@@ -22,11 +22,13 @@ tests_on! {
         a_lost_lock_is_neither_cleaned_nor_taken_back,
         what_fails_backs_off_by_dirty_at,
         a_rule_that_waits_gives_up,
+        a_change_ends_no_rule_s_wait_and_an_edit_does,
         what_an_invalid_rule_may_want_is_not_cleaned_away,
         what_is_missing_is_forgotten_after_a_while,
         an_orderly_stop_leaves_it_dirty_and_unlocked,
         nothing_is_lost_by_kills_of_many_processes,
         run_works_by_locks_beside_others,
+        run_works_without_locks_again_once_nobody_else_does,
         from_roles_to_run_and_back,
         run_leaves_its_own_work_alone,
         check_warns_of_our_fields_in_a_mixed_fleet,
@@ -292,6 +294,37 @@ async fn a_rule_that_waits_gives_up(lab: Arc<Lab>) {
     assert!(!lab.receiver.delivered("/strict").contains_key("c"), "nobody said how long");
 }
 
+async fn a_change_ends_no_rule_s_wait_and_an_edit_does(lab: Arc<Lab>) {
+    lab.install().await;
+    let db = lab.create("db").await;
+    let id = listener_id(&db);
+    lab.rule("waiting", &db, "/waiting", json!({ "on_failure": "hold" })).await;
+    lab.rule("other", &db, "/other", json!({})).await;
+    lab.receiver.answer("/waiting", Answer::status(500));
+    let settings =
+        [("WEBHOOK_FAST_RETRIES", "0"), ("WEBHOOK_BREAKER_THRESHOLD", "0"), ("BACKOFF_BASE", "10m"), ("BACKOFF_CAP", "10m")];
+    let _worker = worker(&lab, "change-listener", &settings).await;
+    let write = async |written: &str| {
+        lab.couch.put(&db, written, json!({})).await;
+        dirty_listener(&lab, &db).await;
+        // With the last pause taken away, as an update-listener does: it would stop the original.
+        change(&lab, &id, json!({ "dirty": true, "dirty_at": null, "updated_at": time(0) })).await;
+        let other = async || lab.receiver.delivered("/other").contains_key(written).then_some(());
+        eventually(SOON, format!("{written} is delivered"), other).await;
+    };
+    for written in ["a", "b", "c"] {
+        write(written).await;
+        let waits = async || (doc(&lab, &id).await["dirty_at"].is_string()).then_some(());
+        eventually(SOON, format!("it waits after {written}"), waits).await;
+    }
+    assert_eq!(lab.receiver.count("/waiting"), 1);
+    change(&lab, "waiting", json!({ "url": lab.receiver.url("/mended") })).await;
+    write("d").await;
+    eventually(SOON, "what waited is delivered", async || (lab.receiver.delivered("/mended").len() == 4).then_some(())).await;
+    let doc = settles(&lab, &id).await;
+    assert!(doc.get("held").is_none() && doc.get("failing").is_none(), "{doc}");
+}
+
 async fn what_an_invalid_rule_may_want_is_not_cleaned_away(lab: Arc<Lab>) {
     lab.install().await;
     let db = lab.create("db").await;
@@ -532,6 +565,34 @@ async fn run_works_by_locks_beside_others(lab: Arc<Lab>) {
     change(&lab, &listener_id(&dbs[0]), json!({ "last_seq": 0, "dirty": true })).await;
     let again = async || (lab.receiver.delivered("/hook").get("before0") == Some(&2)).then_some(());
     eventually(SOON, "from the beginning again", again).await;
+}
+
+async fn run_works_without_locks_again_once_nobody_else_does(lab: Arc<Lab>) {
+    lab.install().await;
+    let (db, target) = (lab.create("db").await, lab.create("target").await);
+    let id = listener_id(&db);
+    lab.rule("rule", &db, "/hook", json!({})).await;
+    lab.replicator("copy", &db, &target, json!({ "dirty": false })).await;
+    let spiegel = lab.spiegel_with(&[("ROLES_STALE_AFTER", "3s"), ("ROLES_ALONE_AFTER", "5s")]).await;
+    let said = |what: &str| spiegel.log().iter().filter(|line| line["message"].to_string().contains(what)).count();
+    for round in [1, 2] {
+        // Somebody marks it, and is not heard of again.
+        dirty_listener(&lab, &db).await;
+        eventually(SOON, "others are seen", async || (said("working by locks") == round).then_some(())).await;
+        eventually(SOON, "and missed", async || (said("working without locks") == round).then_some(())).await;
+        let before = (settles(&lab, &id).await, settles(&lab, "copy").await);
+        lab.couch.put(&db, &format!("doc{round}"), json!({})).await;
+        eventually(SOON, "it is delivered", async || (lab.receiver.delivered("/hook").len() == round).then_some(())).await;
+        eventually(SOON, "and replicated", async || (lab.couch.all(&target).await.len() == round).then_some(())).await;
+        let moved = async || {
+            let doc = doc(&lab, &id).await;
+            (doc["last_seq"] != before.0["last_seq"]).then_some(doc)
+        };
+        let after = eventually(SOON, "its position is saved", moved).await;
+        let generation = |doc: &Value| doc["_rev"].as_str().and_then(|rev| rev.split('-').next()?.parse::<u32>().ok());
+        assert_eq!(generation(&after), generation(&before.0).map(|before| before + 1), "no lock: {after}");
+        assert_eq!(doc(&lab, "copy").await["_rev"], before.1["_rev"], "nor here");
+    }
 }
 
 async fn from_roles_to_run_and_back(lab: Arc<Lab>) {
