@@ -10,7 +10,7 @@ use super::documents::page;
 use super::table::{Table, cut, printable};
 use super::{Exit, Failure, couch, run, say, vault};
 use crate::config::Settings;
-use crate::couch::{Couch, CouchError, WriteResult};
+use crate::couch::{Couch, CouchError, WriteResult, generation};
 use crate::replicate::native::parameters::Local;
 use crate::vault::{Vault, redact_text};
 use clap::Args;
@@ -180,13 +180,19 @@ impl Way<'_> {
                     let end = if mine.contains(&id) { End::Carried } else { End::Finished };
                     removals.push((doc, planned, end));
                 }
-                Some(there) if mine.contains(&id) || self.is_earlier(&wanted, &there) => {
+                Some(there) if mine.contains(&id) || (self.has_same_sides(&wanted, &there) && is_untouched(&there)) => {
                     let mut wanted = wanted;
                     wanted["_rev"] = there["_rev"].clone();
                     writes.push((doc, planned, wanted));
                 }
-                Some(_) => {
-                    let why = format!("{} has another document with this _id", self.to);
+                Some(there) => {
+                    let to = self.to;
+                    let why = match self.has_same_sides(&wanted, &there) {
+                        true => {
+                            format!("{to} has one of the same databases that was edited since: delete the one that is not wanted")
+                        }
+                        false => format!("{to} has another document with this _id"),
+                    };
                     outcomes.push(outcome(&doc, &planned, End::Left(why)));
                 }
                 None => writes.push((doc, planned, wanted)),
@@ -208,8 +214,7 @@ impl Way<'_> {
         wanted[form] == there[form] && is_same_work(wanted, there)
     }
 
-    /// Of the same two databases: carried by a call that was killed, before the job was changed once more.
-    fn is_earlier(&self, wanted: &Value, there: &Value) -> bool {
+    fn has_same_sides(&self, wanted: &Value, there: &Value) -> bool {
         let form = if self.back.is_some() { "continuous" } else { "type" };
         [form, "source", "target"].iter().all(|name| wanted[*name] == there[*name])
     }
@@ -269,6 +274,11 @@ impl Way<'_> {
         }
         Ok(again)
     }
+}
+
+/// Carried by a call that was killed, and the other side was edited since; nobody wrote this one but that call.
+fn is_untouched(there: &Value) -> bool {
+    there["_rev"].as_str().is_some_and(|rev| generation(rev) == 1)
 }
 
 fn outcome(doc: &Value, planned: &Planned, end: End) -> Outcome {
