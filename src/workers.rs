@@ -207,6 +207,7 @@ impl Actor for Workers {
                     JobEnd::Unknown => state.board.ended(&id, None, now, age),
                     JobEnd::Gone => state.board.deleted(&id),
                     JobEnd::Wait(wait) => state.board.wait(&id, age + wait, age),
+                    JobEnd::Locked { rev, wait } => state.board.wait_unchanged(&id, &rev, age + wait, age),
                     JobEnd::Deaf(wait) => {
                         state.board.was_deaf(age);
                         state.board.wait(&id, age + wait, age);

@@ -243,6 +243,15 @@ impl Board {
         }
     }
 
+    /// As `wait`; it has this revision now. Where a conflicted one that was the winner was removed, that is an older one than the
+    /// rows have told of.
+    pub fn wait_unchanged(&mut self, id: &Id, rev: &str, until: Instant, age: Instant) {
+        if let Some(entry) = self.entries.get_mut(id).filter(|entry| entry.rev != rev) {
+            (entry.rev, entry.since) = (rev.to_string(), age);
+        }
+        self.wait(id, until, age);
+    }
+
     /// As `wait`, and no row shortens it.
     pub fn hold_off(&mut self, id: &Id, until: Instant, age: Instant) {
         self.wait(id, until, age);
@@ -410,6 +419,21 @@ mod tests {
         assert!(started(&mut board, age).is_empty(), "but not where it must wait");
         board.tick(due, age + Duration::from_secs(200));
         assert_eq!(started(&mut board, age), ["locked"]);
+    }
+
+    #[test]
+    fn a_winner_that_was_removed_leaves_an_older_one_that_ages_as_well() {
+        let (mut board, age) = (board(9), Instant::now());
+        let seconds = |seconds| age + Duration::from_secs(seconds);
+        board.row(doc("a", "9-x", locked("other")), NOW, age);
+        // The row about what is left looks like one that came late.
+        board.row(doc("a", "4-x", locked("other")), NOW, seconds(1));
+        for (at, rev) in [(60, "9-x"), (120, "4-x")] {
+            board.tick(NOW, seconds(at));
+            let start = board.start(seconds(at)).unwrap();
+            assert_eq!((start.rev.as_str(), start.unchanged_for), (rev, Duration::from_secs(60)));
+            board.wait_unchanged(&"a".into(), "4-x", seconds(at + 60), seconds(at));
+        }
     }
 
     #[test]

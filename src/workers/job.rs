@@ -34,6 +34,11 @@ pub enum JobEnd {
     Unknown,
     /// Nothing can be done before.
     Wait(Duration),
+    /// As `Wait`, for locks that are dead then if this is the document's revision still.
+    Locked {
+        rev: String,
+        wait: Duration,
+    },
     /// As `Wait`; CouchDB did not answer before, so nobody could be heard.
     Deaf(Duration),
     /// As `Wait`, whatever anybody writes meanwhile.
@@ -186,7 +191,10 @@ impl Job {
         }
         let known = Known { me, unchanged_for, settings };
         let (written, remove) = match mend(&winner, &losers, SystemTime::now(), &known) {
-            Mend::Wait(wait) => return Ok(JobEnd::Wait(wait)),
+            Mend::Wait(wait) => {
+                let rev = winner["_rev"].as_str().unwrap_or_default().to_string();
+                return Ok(JobEnd::Locked { rev, wait });
+            }
             Mend::Write { winner, remove } => (winner, remove),
         };
         if let Some(winner) = written

@@ -33,7 +33,7 @@ tests_on! {
         run_leaves_its_own_work_alone,
         check_warns_of_our_fields_in_a_mixed_fleet,
     ],
-    like_couchdb: [conflicted_revisions_are_removed],
+    like_couchdb: [conflicted_revisions_are_removed, locks_behind_a_winner_that_was_removed_die_as_well],
     embedded: [a_202_is_no_lock],
 }
 
@@ -424,6 +424,40 @@ async fn conflicted_revisions_are_removed(lab: Arc<Lab>) {
         eventually(SOON, format!("{id} is mended and ran"), mended).await;
     }
     assert_eq!(lab.couch.all(&target).await.len(), 3);
+}
+
+/// As two halves of a cluster leave it that each took the document.
+async fn locks_behind_a_winner_that_was_removed_die_as_well(lab: Arc<Lab>) {
+    lab.install().await;
+    let (source, target) = (lab.create("source").await, lab.create("target").await);
+    lab.couch.fill(&source, "d", 3).await;
+    let _worker = worker(&lab, "replicator", &[]).await;
+    let revision = |generation: usize, digit: &str| {
+        let ids: Vec<String> = (0..generation).map(|number| format!("{number:x}{}", digit.repeat(31))).collect();
+        let locked = json!({ "locked_at": time(0), "locked_by": { "owner": digit, "locked_at": time(0) } });
+        let mut doc = json!({
+            "_id": "copy", "_rev": format!("{generation}-{}", ids[0]), "_revisions": { "start": generation, "ids": ids },
+            "type": "replicator", "source": lab.couch.url_for_user(&source), "target": lab.couch.url_for_user(&target),
+        });
+        doc.as_object_mut().expect("an object").extend(locked.as_object().cloned().expect("fields"));
+        doc
+    };
+    let docs = [revision(9, "a"), revision(4, "b"), revision(4, "c")];
+    let winner = docs[0]["_rev"].as_str().unwrap_or_default().to_string();
+    let path = format!("{}/_bulk_docs", encode(&lab.spiegel_db()));
+    let body = json!({ "docs": docs, "new_edits": false });
+    assert!(lab.couch.ask(Method::POST, &path, Some(body)).await.0.is_success());
+    // The rows come in order: once this one ran, the others were seen.
+    lab.replicator("later", &source, &target, json!({})).await;
+    settles(&lab, "later").await;
+    let path = format!("{}/copy?rev={winner}", encode(&lab.spiegel_db()));
+    assert!(lab.couch.ask(Method::DELETE, &path, None).await.0.is_success());
+    let mended = async || {
+        let path = format!("{}/copy?conflicts=true", encode(&lab.spiegel_db()));
+        let (_, doc) = lab.couch.ask(Method::GET, &path, None).await;
+        (doc["_conflicts"].is_null() && doc["dirty"] == json!(false) && doc["locked_at"].is_null()).then_some(())
+    };
+    eventually(SOON, "it is mended and ran", mended).await;
 }
 
 async fn a_202_is_no_lock(lab: Arc<Lab>) {
