@@ -457,7 +457,8 @@ impl Tries {
         tracing::debug!(rule = parked.rule, db = parked.db, reason, "a parked delivery was {}, it stays listed", state.name());
     }
 
-    /// Writes what a try came to, unless somebody else claimed it meanwhile: then it is theirs to say.
+    /// Writes what a try came to, while it is ours to say: somebody else may have claimed it, or have asked for another try. Where
+    /// this write was applied and its answer was lost, it is nobody's, and has been counted.
     async fn give_back(&self, Claimed { mut parked, doc, .. }: Claimed, mut change: impl FnMut(&mut Parked)) {
         let (deliveries, key) = (self.deliveries(), parked.key());
         change(&mut parked);
@@ -472,7 +473,7 @@ impl Tries {
                 deliveries.book.changed.notify_one();
             }
             _ => {
-                let is_mine = |parked: &Parked| parked.claimed_by.as_deref().is_none_or(|by| *by == *self.arguments.process);
+                let is_mine = |parked: &Parked| parked.claimed_by.as_deref() == Some(&*self.arguments.process);
                 self.update_where(key, is_mine, |parked| {
                     change(parked);
                     true
