@@ -504,10 +504,11 @@ const GATHER: Duration = Duration::from_millis(100);
 
 async fn sweep_what_is_asked(arguments: Arguments, myself: ActorRef<Message>, swept_once: oneshot::Sender<()>) {
     let mut swept_once = Some(swept_once);
-    let Arguments { couch, db_name, ledger, sweeps, snapshot, directory, topology, metrics, settings, .. } = arguments;
+    let Arguments { couch, db_name: spiegel_db, ledger, sweeps, snapshot, directory, topology, metrics, settings, .. } =
+        arguments;
     let mut sweeper = Sweeper {
         couch: couch.clone(),
-        spiegel_db: db_name,
+        spiegel_db: spiegel_db.clone(),
         ledger,
         snapshot: snapshot.clone(),
         directory,
@@ -530,6 +531,9 @@ async fn sweep_what_is_asked(arguments: Arguments, myself: ActorRef<Message>, sw
                 tracing::debug!(found, ask_all, "swept");
                 let trusting = sweeps.done(&scope, asks, ask_all);
                 if matches!(scope, Scope::All) {
+                    if let Err(error) = Watermark::tidy(&couch, &spiegel_db).await {
+                        tracing::debug!(%error, "cannot look for conflicted revisions of the watermark");
+                    }
                     let _ = myself.cast(Message::Swept { swept: Swept { at: SystemTime::now(), rules, trusting } });
                     if let Some(swept_once) = swept_once.take() {
                         let _ = swept_once.send(());

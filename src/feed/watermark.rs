@@ -5,7 +5,8 @@
 //! crash sweeps.
 
 use crate::checkpoints::{Checkpoints, UpdateError};
-use crate::couch::{Seq, WriteResult};
+use crate::couch::{Couch, CouchError, Seq, WriteResult};
+use crate::locks::mend::conflicts_of;
 use serde_json::{Value, json};
 use std::time::{Duration, SystemTime};
 
@@ -38,6 +39,15 @@ pub struct Watermark {
 impl Watermark {
     pub async fn load(checkpoints: &Checkpoints) -> Result<Self, crate::checkpoints::Gone> {
         Ok(Self { doc: checkpoints.load(String::from(ID)).await?, is_shared: false })
+    }
+
+    /// Removes conflicted revisions, which a cluster that was cut in two leaves: each side's value is one that was worked off to.
+    pub async fn tidy(couch: &Couch, db_name: &str) -> Result<(), CouchError> {
+        let doc = couch.doc_with_conflicts(db_name, ID).await?.unwrap_or_default();
+        for rev in conflicts_of(&doc) {
+            couch.delete_doc(db_name, ID, rev).await?;
+        }
+        Ok(())
     }
 
     /// A document without a value counts as none.

@@ -2,6 +2,7 @@
 
 use crate::locks::Kind;
 use crate::locks::look::{By, lock_of};
+use crate::locks::mend::conflicts_of;
 use serde_json::Value;
 use std::collections::{HashSet, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -15,6 +16,9 @@ pub enum Sign {
     Lock,
     /// Dirty; whether we wrote that, its revision tells.
     Dirtied,
+    /// It has conflicted revisions: others wrote it, or this process did on both sides of a cluster that was cut in two. Who works
+    /// by locks removes them.
+    Conflict,
 }
 
 pub fn sign(doc: &Value, me: &str) -> Sign {
@@ -22,6 +26,7 @@ pub fn sign(doc: &Value, me: &str) -> Sign {
         return Sign::None;
     }
     match lock_of(doc, me) {
+        _ if conflicts_of(doc).next().is_some() => Sign::Conflict,
         Some(lock) if lock.by != By::Us => Sign::Lock,
         _ if doc["dirty"] == Value::Bool(true) => Sign::Dirtied,
         _ => Sign::None,

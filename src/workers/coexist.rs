@@ -31,6 +31,7 @@ impl Coexistence {
         let (id, rev) = (doc["_id"].as_str().unwrap_or_default(), doc["_rev"].as_str().unwrap_or_default());
         match sign(doc, me) {
             Sign::None => {}
+            Sign::Conflict => self.last_sign = Some(age),
             // We write documents that a dead process left locked, too.
             Sign::Lock | Sign::Dirtied if own.knows(id, rev) => {}
             Sign::Lock | Sign::Dirtied => {
@@ -101,6 +102,18 @@ mod tests {
         // A dead process's lock in a document that we wrote.
         own.wrote("d", "3-a");
         coexistence.row(&row("3-a", json!({ "locked_at": 5 })), "me", &own, age);
+        assert!(coexistence.is_alone(&own, age + ALONE_AFTER));
+    }
+
+    #[test]
+    fn conflicts_are_a_sign_whoever_wrote_them() {
+        let (own, age) = (OwnRevs::default(), Instant::now());
+        let mut coexistence = coexistence(age);
+        own.wrote("d", "3-a");
+        coexistence.row(&row("3-a", json!({ "dirty": false, "_conflicts": [] })), "me", &own, age);
+        assert!(coexistence.is_alone(&own, age));
+        coexistence.row(&row("3-a", json!({ "dirty": false, "_conflicts": ["2-b"] })), "me", &own, age);
+        assert!(!coexistence.is_alone(&own, age));
         assert!(coexistence.is_alone(&own, age + ALONE_AFTER));
     }
 

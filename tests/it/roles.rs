@@ -33,7 +33,11 @@ tests_on! {
         run_leaves_its_own_work_alone,
         check_warns_of_our_fields_in_a_mixed_fleet,
     ],
-    like_couchdb: [conflicted_revisions_are_removed, locks_behind_a_winner_that_was_removed_die_as_well],
+    like_couchdb: [
+        conflicted_revisions_are_removed,
+        locks_behind_a_winner_that_was_removed_die_as_well,
+        run_removes_what_a_cluster_that_was_cut_in_two_left,
+    ],
     embedded: [a_202_is_no_lock],
 }
 
@@ -458,6 +462,33 @@ async fn locks_behind_a_winner_that_was_removed_die_as_well(lab: Arc<Lab>) {
         (doc["_conflicts"].is_null() && doc["dirty"] == json!(false) && doc["locked_at"].is_null()).then_some(())
     };
     eventually(SOON, "it is mended and ran", mended).await;
+}
+
+async fn run_removes_what_a_cluster_that_was_cut_in_two_left(lab: Arc<Lab>) {
+    lab.install().await;
+    let db = lab.create("db").await;
+    lab.rule("rule", &db, "/hook", json!({})).await;
+    lab.couch.fill(&db, "d", 3).await;
+    let spiegel = lab.spiegel_with(&[("ROLES_STALE_AFTER", "3s"), ("FEED_SWEEP_INTERVAL", "1s")]).await;
+    eventually(SOON, "delivered", async || (lab.receiver.delivered("/hook").len() == 3).then_some(())).await;
+    let id = listener_id(&db);
+    settles(&lab, &id).await;
+    eventually(SOON, "its watermark", async || lab.couch.get(&lab.spiegel_db(), "global_lastSeq").await).await;
+    for id in [id.as_str(), "global_lastSeq"] {
+        let mut other = doc(&lab, id).await;
+        other["_rev"] = json!("1-bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb");
+        let path = format!("{}/_bulk_docs", encode(&lab.spiegel_db()));
+        assert!(lab.couch.ask(Method::POST, &path, Some(json!({ "docs": [other], "new_edits": false }))).await.0.is_success());
+    }
+    spiegel.said(&["working by locks"]).await;
+    for id in [id.as_str(), "global_lastSeq"] {
+        let path = format!("{}/{}?conflicts=true", encode(&lab.spiegel_db()), encode(id));
+        let removed = async || lab.couch.ask(Method::GET, &path, None).await.1["_conflicts"].is_null().then_some(());
+        eventually(SOON, format!("{id} has one revision"), removed).await;
+    }
+    settles(&lab, &id).await;
+    lab.couch.put(&db, "last", json!({})).await;
+    eventually(SOON, "it goes on", async || lab.receiver.delivered("/hook").contains_key("last").then_some(())).await;
 }
 
 async fn a_202_is_no_lock(lab: Arc<Lab>) {
