@@ -59,8 +59,8 @@ fn basic(user: &str, password: &str) -> String {
 /// Names the place in the file, never a secret.
 #[derive(Debug, thiserror::Error)]
 pub enum VaultError {
-    #[error("read the {file} {path}: {error}")]
-    Read { file: &'static str, path: String, error: std::io::Error },
+    #[error("read the {file} {path}: {error}{hint}")]
+    Read { file: &'static str, path: String, error: std::io::Error, hint: String },
     /// Without the parser's own words, which may quote the text.
     #[error("the {file} is not JSON (line {line}, column {column})")]
     NotJson { file: &'static str, line: usize, column: usize },
@@ -185,10 +185,37 @@ impl fmt::Debug for Vault {
 }
 
 fn read(file: &'static str, path: &Path) -> Result<String, VaultError> {
-    let text =
-        std::fs::read_to_string(path).map_err(|error| VaultError::Read { file, path: path.display().to_string(), error })?;
+    let unreadable = |error: std::io::Error| {
+        let is_denied = error.kind() == std::io::ErrorKind::PermissionDenied;
+        let hint = users(path).filter(|_| is_denied).map(|(process, owner)| denied(process, owner)).unwrap_or_default();
+        VaultError::Read { file, path: path.display().to_string(), error, hint }
+    };
+    let text = std::fs::read_to_string(path).map_err(unreadable)?;
     // Editors of another system leave a byte order mark.
     Ok(text.trim_start_matches('\u{FEFF}').to_string())
+}
+
+/// Of this process, and of the file.
+#[cfg(unix)]
+fn users(path: &Path) -> Option<(u32, u32)> {
+    use std::os::unix::fs::MetadataExt;
+    let user = |path: &Path| std::fs::metadata(path).map(|metadata| metadata.uid()).ok();
+    Some((user(Path::new("/proc/self"))?, user(path)?))
+}
+
+#[cfg(not(unix))]
+fn users(_: &Path) -> Option<(u32, u32)> {
+    None
+}
+
+/// The container's user is not root, and a file that is mounted into it often is root's alone.
+fn denied(process: u32, owner: u32) -> String {
+    match process == owner {
+        true => format!(": it is user {owner}'s, as this process is, and its mode forbids reading"),
+        false => {
+            format!(": it is user {owner}'s, and this process is user {process}: let that user read it, or start as its owner")
+        }
+    }
 }
 
 fn parse(file: &'static str, text: &str) -> Result<Value, VaultError> {
@@ -394,6 +421,18 @@ mod tests {
                 "google.com": {"user1": "password"}, "::1": {"admin": "six"}, "[::2]": {"admin": "seven"}, "Upper.Example": {"u": "upper"}}"#,
         )
         .expect("a good file")
+    }
+
+    #[test]
+    fn who_may_not_read_a_file_is_told_why() {
+        let own = std::fs::metadata("/proc/self").is_ok();
+        assert_eq!(users(Path::new("/")).is_some(), own);
+        assert!(users(Path::new("/no/such/file")).is_none());
+        assert!(denied(65532, 0).contains("user 0's, and this process is user 65532"));
+        assert!(denied(7, 7).contains("its mode forbids reading"));
+        let missing =
+            Vault::load(Some(Path::new("/no/such/file")), None).err().map(|error| error.to_string()).unwrap_or_default();
+        assert!(missing.ends_with("(os error 2)"), "{missing}");
     }
 
     #[test]
