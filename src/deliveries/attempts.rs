@@ -517,7 +517,12 @@ impl Tries {
                     false => drop(index.put(&parked)),
                 }
             }
-            // Ended by somebody else, or gone: the changes tell of it.
+            // Somebody else's now, or written by us as it is: it says itself when it is due.
+            (Ok(Some(doc)), None) if let Some(parked) = Parked::read(&doc) => {
+                index.landed(&key, None);
+                index.put(&parked);
+            }
+            // Gone: the changes tell of it.
             (Ok(_), _) => index.landed(&key, Some(SystemTime::now() + COUCHDB_FAILED)),
             (Err(error), _) => {
                 index.landed(&key, Some(SystemTime::now() + COUCHDB_FAILED));
@@ -548,7 +553,7 @@ impl Tries {
             let id = super::parked::disabled_id(&disabled.rule);
             let gone = json!({ "_id": id, "_rev": disabled.doc_rev, "_deleted": true });
             if matches!(self.deliveries().store.save(gone).await, Ok(WriteResult::Saved { .. })) {
-                self.deliveries().book.index().enable(&disabled.rule);
+                self.deliveries().book.index().enable(&disabled.rule, SystemTime::now());
             }
         }
     }
