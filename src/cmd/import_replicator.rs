@@ -10,14 +10,14 @@ use super::documents::page;
 use super::table::{Table, cut, printable};
 use super::{Exit, Failure, couch, run, say, vault};
 use crate::config::Settings;
-use crate::couch::{Couch, CouchError, WriteResult, generation};
+use crate::couch::{Couch, CouchError, WriteResult};
 use crate::replicate::native::parameters::Local;
 use crate::vault::{Vault, redact_text};
 use clap::Args;
 use clap::builder::NonEmptyStringValueParser;
 use job::{Plan, Planned, WayBack, address, id_of, is_same_work, job_of, replicator_of};
 use serde_json::{Value, json};
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 
 #[derive(Debug, Clone, PartialEq, Eq, Args)]
 pub struct Options {
@@ -126,8 +126,8 @@ impl Way<'_> {
     /// A page of documents. Where one is changed while it is carried, it is read and carried again.
     async fn carry(&self, docs: Vec<PlannedDoc>) -> Result<Vec<Outcome>, CouchError> {
         let mut outcomes = Vec::new();
-        // What was written here may be written again.
-        let mut mine = HashSet::new();
+        // What was written here may be written again, in the revision that it was written in.
+        let mut mine = HashMap::new();
         let mut docs = docs;
         for _ in 0..ROUNDS_MAX {
             if docs.is_empty() {
@@ -156,7 +156,7 @@ impl Way<'_> {
     async fn round(
         &self,
         docs: Vec<PlannedDoc>,
-        mine: &mut HashSet<String>,
+        mine: &mut HashMap<String, String>,
         outcomes: &mut Vec<Outcome>,
     ) -> Result<Vec<Outcome>, CouchError> {
         let ids: Vec<String> = docs.iter().map(|(doc, _)| id_of(doc).to_string()).collect();
@@ -177,10 +177,10 @@ impl Way<'_> {
             let id = id_of(&doc).to_string();
             match there {
                 Some(there) if self.is_carried(&wanted, &there) => {
-                    let end = if mine.contains(&id) { End::Carried } else { End::Finished };
+                    let end = if mine.contains_key(&id) { End::Carried } else { End::Finished };
                     removals.push((doc, planned, end));
                 }
-                Some(there) if mine.contains(&id) || (self.has_same_sides(&wanted, &there) && is_untouched(&there)) => {
+                Some(there) if mine.get(&id).is_some_and(|rev| there["_rev"] == **rev) => {
                     let mut wanted = wanted;
                     wanted["_rev"] = there["_rev"].clone();
                     writes.push((doc, planned, wanted));
@@ -189,7 +189,9 @@ impl Way<'_> {
                     let to = self.to;
                     let why = match self.has_same_sides(&wanted, &there) {
                         true => {
-                            format!("{to} has one of the same databases that was edited since: delete the one that is not wanted")
+                            format!(
+                                "{to} has one of the same databases that asks for something else: delete the one that is not wanted"
+                            )
                         }
                         false => format!("{to} has another document with this _id"),
                     };
@@ -203,8 +205,7 @@ impl Way<'_> {
             outcomes.extend(removals.iter().map(|(doc, planned, end)| outcome(doc, planned, end.clone())));
             return Ok(Vec::new());
         }
-        mine.extend(writes.iter().map(|(doc, ..)| id_of(doc).to_string()));
-        removals.extend(self.write(writes, outcomes).await?);
+        removals.extend(self.write(writes, mine, outcomes).await?);
         self.remove(removals, outcomes).await
     }
 
@@ -214,6 +215,7 @@ impl Way<'_> {
         wanted[form] == there[form] && is_same_work(wanted, there)
     }
 
+    /// Perhaps carried by a call that was killed, before one of the two was edited: who knows which is wanted.
     fn has_same_sides(&self, wanted: &Value, there: &Value) -> bool {
         let form = if self.back.is_some() { "continuous" } else { "type" };
         [form, "source", "target"].iter().all(|name| wanted[*name] == there[*name])
@@ -223,6 +225,7 @@ impl Way<'_> {
     async fn write(
         &self,
         writes: Vec<(Value, Planned, Value)>,
+        mine: &mut HashMap<String, String>,
         outcomes: &mut Vec<Outcome>,
     ) -> Result<Vec<(Value, Planned, End)>, CouchError> {
         if writes.is_empty() {
@@ -234,6 +237,9 @@ impl Way<'_> {
         let there = self.couch.get_docs(self.to, &ids).await?;
         let mut confirmed = Vec::new();
         for (((doc, planned, wanted), result), there) in writes.into_iter().zip(answer.results).zip(there) {
+            if let WriteResult::Saved { rev } = &result {
+                mine.insert(id_of(&wanted).to_string(), rev.clone());
+            }
             let is_there = there.is_some_and(|there| self.is_carried(&wanted, &there));
             let left = match result {
                 WriteResult::Refused { reason } => format!("could not be written: {}", redact_text(&reason)),
@@ -274,11 +280,6 @@ impl Way<'_> {
         }
         Ok(again)
     }
-}
-
-/// Carried by a call that was killed, and the other side was edited since; nobody wrote this one but that call.
-fn is_untouched(there: &Value) -> bool {
-    there["_rev"].as_str().is_some_and(|rev| generation(rev) == 1)
 }
 
 fn outcome(doc: &Value, planned: &Planned, end: End) -> Outcome {
