@@ -199,7 +199,7 @@ impl Actor for Workers {
                 state.board.following(is_open);
                 state.arguments.metrics.workers_connected.set(i64::from(is_open));
             }
-            Message::WasDeaf => state.board.was_deaf(age),
+            Message::WasDeaf => state.was_deaf(age),
             Message::JobEnded { id, end } => {
                 state.jobs.remove(&id);
                 match end {
@@ -209,7 +209,7 @@ impl Actor for Workers {
                     JobEnd::Wait(wait) => state.board.wait(&id, age + wait, age),
                     JobEnd::Locked { rev, wait } => state.board.wait_unchanged(&id, &rev, age + wait, age),
                     JobEnd::Deaf(wait) => {
-                        state.board.was_deaf(age);
+                        state.was_deaf(age);
                         state.board.wait(&id, age + wait, age);
                     }
                     JobEnd::HoldOff(wait) => state.board.hold_off(&id, age + wait, age),
@@ -275,6 +275,13 @@ impl State {
         }
     }
 
+    fn was_deaf(&mut self, age: Instant) {
+        self.board.was_deaf(age);
+        if self.arguments.mixed.is_on() {
+            self.coexistence.was_deaf(age);
+        }
+    }
+
     /// Others came, or have been gone for long.
     fn coexist(&mut self, age: Instant) {
         let Arguments { mixed, own, alone, .. } = &self.arguments;
@@ -283,9 +290,9 @@ impl State {
         }
         let is_alone = self.coexistence.is_alone(own, age);
         if !mixed.is_on() && !is_alone {
-            tracing::info!("others are at work in the spiegel database: working by locks");
+            tracing::info!("the spiegel database has locks, marks or conflicts of others: working by locks");
             mixed.set(true);
-        } else if mixed.is_on() && is_alone && self.board.is_quiet() {
+        } else if mixed.is_on() && is_alone && self.board.is_quiet() && self.board.is_following() {
             tracing::info!("nobody else is at work in the spiegel database any more: working without locks");
             mixed.set(false);
             self.board.begin(age);

@@ -109,6 +109,10 @@ impl Board {
         self.is_following = is_open;
     }
 
+    pub fn is_following(&self) -> bool {
+        self.is_following
+    }
+
     fn unchanged_for(&self, since: Instant, age: Instant) -> Duration {
         if self.is_following { age.saturating_duration_since(since) } else { Duration::ZERO }
     }

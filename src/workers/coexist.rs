@@ -31,7 +31,7 @@ impl Coexistence {
         let (id, rev) = (doc["_id"].as_str().unwrap_or_default(), doc["_rev"].as_str().unwrap_or_default());
         match sign(doc, me) {
             Sign::None => {}
-            Sign::Conflict => self.last_sign = Some(age),
+            Sign::Conflict => self.sign_at(age),
             // We write documents that a dead process left locked, too.
             Sign::Lock | Sign::Dirtied if own.knows(id, rev) => {}
             Sign::Lock | Sign::Dirtied => {
@@ -41,6 +41,15 @@ impl Coexistence {
                 }
             }
         }
+    }
+
+    fn sign_at(&mut self, at: Instant) {
+        self.last_sign = self.last_sign.max(Some(at));
+    }
+
+    /// Nobody could be heard until now.
+    pub fn was_deaf(&mut self, age: Instant) {
+        self.last_sign = self.last_sign.map(|_| age);
     }
 
     /// Whether there was no sign of others for long.
@@ -54,10 +63,12 @@ impl Coexistence {
         while let Some((at, id, rev)) = self.suspects.front()
             && age.saturating_duration_since(*at) >= ANSWERED_AFTER
         {
-            if !own.knows(id, rev) {
-                self.last_sign = Some(*at);
-            }
+            let is_sign = !own.knows(id, rev);
+            let at = *at;
             self.suspects.pop_front();
+            if is_sign {
+                self.sign_at(at);
+            }
         }
     }
 
@@ -103,6 +114,18 @@ mod tests {
         own.wrote("d", "3-a");
         coexistence.row(&row("3-a", json!({ "locked_at": 5 })), "me", &own, age);
         assert!(coexistence.is_alone(&own, age + ALONE_AFTER));
+    }
+
+    #[test]
+    fn silence_says_nothing_to_the_deaf() {
+        let (own, age) = (OwnRevs::default(), Instant::now());
+        let mut coexistence = coexistence(age);
+        coexistence.was_deaf(age);
+        assert!(coexistence.is_alone(&own, age), "nobody was there before");
+        coexistence.row(&row("3-a", json!({ "_conflicts": ["2-b"] })), "me", &own, age);
+        coexistence.was_deaf(age + ALONE_AFTER);
+        assert!(!coexistence.is_alone(&own, age + ALONE_AFTER));
+        assert!(coexistence.is_alone(&own, age + 2 * ALONE_AFTER));
     }
 
     #[test]

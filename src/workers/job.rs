@@ -205,6 +205,10 @@ impl Job {
         for rev in remove.iter().take(CONFLICTS_MAX) {
             match couch.delete_doc(spiegel_db, id, rev).await {
                 Err(CouchError::NotFound(_)) => phantoms.note(id, rev),
+                Err(error) if !error.is_outage() => {
+                    tracing::warn!(id, rev, %error, "a conflicted revision cannot be removed, it is passed over");
+                    phantoms.note(id, rev);
+                }
                 removed => drop(removed?),
             }
         }
