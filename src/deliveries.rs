@@ -40,7 +40,7 @@ use patience::Patience;
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
@@ -148,8 +148,8 @@ impl Deliveries {
     }
 
     /// Grows when a rule that was disabled is enabled again.
-    pub fn times_enabled(&self, rule: &str) -> u64 {
-        self.book.index().times_enabled(rule)
+    pub fn enabled_at(&self, rule: &str) -> Option<SystemTime> {
+        self.book.index().enabled_at(rule)
     }
 }
 

@@ -101,8 +101,8 @@ const LOAD_PAGE: usize = 1000;
 /// Many documents that change together are one new snapshot.
 const PUBLISH_EVERY: Duration = Duration::from_millis(50);
 /// A snapshot of a hundred thousand replicators takes a while, and locks write them all the time: no more than a tenth of a core.
+/// News of a rule does not wait for that: what is written after it must be delivered to it.
 const PUBLISH_SHARE: u32 = 10;
-const PUBLISH_LATEST: Duration = Duration::from_secs(1);
 
 impl Reader {
     async fn run(&mut self) {
@@ -148,6 +148,10 @@ impl Reader {
                 Some(Some(FeedLine::Heartbeat)) => {}
                 Some(Some(FeedLine::Row(row))) => {
                     let is_first = self.take(row) && !std::mem::replace(&mut unpublished, true);
+                    if self.catalogue.has_rule_news() {
+                        not_before = Instant::now();
+                        at_latest = at_latest.min(not_before + PUBLISH_EVERY);
+                    }
                     if is_first {
                         at_latest = not_before.max(Instant::now() + PUBLISH_EVERY);
                     }
@@ -165,7 +169,7 @@ impl Reader {
             if unpublished && now >= not_before && (!feed.has_buffered_line() || now >= at_latest) {
                 self.publish();
                 unpublished = false;
-                not_before = Instant::now() + (now.elapsed() * PUBLISH_SHARE).min(PUBLISH_LATEST);
+                not_before = Instant::now() + now.elapsed() * PUBLISH_SHARE;
             }
         }
     }

@@ -10,7 +10,6 @@ use crate::db::Instance;
 use crate::db::deliver::{Addressee, DISABLED_FOR, Delivered, Means, RuleFailure, Wait, deliver};
 use crate::db::failing::Failing;
 use crate::db::gather::{Leave, PATIENCE};
-use crate::db::held;
 use crate::db::known;
 use crate::db::late::Late;
 use crate::db::positions::{Positions, RuleId, RuleStart};
@@ -68,8 +67,6 @@ pub struct Listener {
     positions: Positions,
     failing: Failing,
     known_rules: BTreeSet<RuleId>,
-    /// How often each was enabled again, as far as we have heard.
-    times_enabled: BTreeMap<RuleId, u64>,
     instance_start_time: Option<String>,
     /// A row told that the database was made or deleted, perhaps long ago.
     is_instance_unsure: bool,
@@ -128,28 +125,25 @@ pub fn document_id(db: &str) -> String {
 }
 
 impl Listener {
-    pub async fn load(tools: &Tools, db: &DbName, rules: &[Arc<Rule>]) -> Result<Self, ListenError> {
+    pub async fn load(tools: &Tools, db: &DbName, rules: &[Arc<Rule>], suspended: &[RuleId]) -> Result<Self, ListenError> {
         let id = document_id(db);
         let doc = tools.checkpoints.load(id.clone()).await.map_err(|gone| ListenError::Unsaved(gone.to_string()))?;
-        Ok(Self::of(tools, id, db, doc, rules))
+        Ok(Self::of(tools, id, db, doc, (rules, suspended)))
     }
 
     /// For a document that is locked: its positions are saved by the lock, and it is neither cleaned nor unlocked here.
-    pub fn locked(tools: &Tools, db: &DbName, rules: &[Arc<Rule>], lock: Arc<Hold>) -> Self {
+    pub fn locked(tools: &Tools, db: &DbName, rules: &[Arc<Rule>], suspended: &[RuleId], lock: Arc<Hold>) -> Self {
         let doc = lock.before().clone();
         let id = doc["_id"].as_str().unwrap_or_default().to_string();
-        Self { lock: Some(lock), ..Self::of(tools, id, db, Some(doc), rules) }
+        Self { lock: Some(lock), ..Self::of(tools, id, db, Some(doc), (rules, suspended)) }
     }
 
-    fn of(tools: &Tools, id: String, db: &DbName, doc: Option<Value>, rules: &[Arc<Rule>]) -> Self {
-        let mut positions = Positions::load(doc.as_ref(), &starts(rules));
+    fn of(tools: &Tools, id: String, db: &DbName, doc: Option<Value>, (rules, suspended): (&[Arc<Rule>], &[RuleId])) -> Self {
+        let mut positions = Positions::load(doc.as_ref(), &starts(rules), suspended);
         let mut failing = Failing::load(doc.as_ref());
-        if doc.as_ref().is_some_and(held::is_said) {
-            let held = positions.held_rules();
-            failing.retain(|rule| held.contains(rule));
-        }
-        if let Some(until) = held_at_most(doc.as_ref(), SystemTime::now(), tools.started.elapsed()) {
-            positions.hold_at_most(until);
+        positions.edited_since_stored().iter().for_each(|rule| failing.forget(rule));
+        if let Some((started, until)) = held_at_most(SystemTime::now(), tools.started.elapsed()) {
+            positions.hold_at_most(until, started);
         }
         let instance = doc.as_ref().and_then(|doc| doc["instance_start_time"].as_str()).map(str::to_string);
         Self {
@@ -159,7 +153,6 @@ impl Listener {
             doc,
             positions,
             known_rules: rules.iter().map(|rule| rule.id.clone()).collect(),
-            times_enabled: BTreeMap::new(),
             instance_start_time: instance,
             is_instance_unsure: false,
             seen: None,
@@ -214,32 +207,43 @@ impl Listener {
         }
     }
 
-    fn sync(&mut self, tools: &Tools, rules: &[Arc<Rule>]) {
-        for edited in self.positions.sync(&starts(rules)) {
+    fn sync(&mut self, tools: &Tools, rules: &[Arc<Rule>], suspended: &[RuleId]) {
+        for edited in self.positions.sync(&starts(rules), suspended) {
             self.failing.forget(&edited);
         }
         for rule in rules {
             self.known_rules.insert(rule.id.clone());
-            let times = tools.deliveries.times_enabled(&rule.id);
-            if times > self.times_enabled.insert(rule.id.clone(), times).unwrap_or(0) {
-                self.positions.lift_hold(&rule.id);
+            if let Some(enabled_at) = tools.deliveries.enabled_at(&rule.id) {
+                self.positions.lift_hold_from_before(&rule.id, enabled_at);
             }
         }
-        self.times_enabled.retain(|id, times| *times > 0 && self.known_rules.contains(id));
         let gone: Vec<RuleId> = self.known_rules.iter().filter(|id| rules.iter().all(|rule| rule.id != **id)).cloned().collect();
         self.late.retain(|rule| rules.iter().any(|known| known.id == *rule));
         for rule in gone {
             self.known_rules.remove(&rule);
+            self.failing.forget(&rule);
             tools.rule_health.gone(&rule, &self.db);
         }
     }
 
     /// Reads, delivers and saves until everything that was there at the first read is through, or held back. `seen` is what the
     /// database looked like before that, where somebody knows.
-    pub async fn listen(&mut self, tools: &Tools, rules: &Arc<RuleSet>, seen: Option<Fingerprint>) -> Result<(), ListenError> {
+    pub async fn listen(
+        &mut self,
+        tools: &Tools,
+        rules: &Arc<RuleSet>,
+        suspended: &[RuleId],
+        seen: Option<Fingerprint>,
+    ) -> Result<(), ListenError> {
         self.seen = seen;
         tools.deliveries.loaded().await;
-        self.sync(tools, rules);
+        self.sync(tools, rules, suspended);
+        let is_missing = self.doc.as_ref().is_some_and(|doc| !doc["possibly_deleted_at"].is_null());
+        if is_missing {
+            // Somebody must look whether it is there.
+            let now = SystemTime::now();
+            self.positions.hold_at_most(now, now);
+        }
         let was_dirty = self.doc.as_ref().is_some_and(|doc| doc["dirty"] != Value::Bool(false));
         self.positions.begin_run();
         let mut prefetched: Option<Prefetched> = None;
@@ -247,16 +251,18 @@ impl Listener {
             let group = self.positions.group(index);
             let chosen = rules.choose(|rule| group.rules.contains(&rule.id));
             let group_rules = chosen.rules();
+            let now = SystemTime::now();
             if !group_rules.is_empty() && group_rules.iter().all(|rule| self.late.is_waiting(&rule.id)) {
                 // Its answers are not there yet.
-                self.positions.hold_on(index, SystemTime::now() + LATE_LOOKED_AT_AFTER);
+                self.positions.hold_on(index, now + LATE_LOOKED_AT_AFTER, now);
                 continue;
             }
             if group.hold.is_some()
+                && !is_missing
                 && let Some(until) = nothing_sent_until(tools, group_rules)
             {
                 // Reading the page would only show again what cannot be sent.
-                self.positions.hold_on(index, until);
+                self.positions.hold_on(index, until, now);
                 continue;
             }
             let include_docs = group_rules.iter().any(|rule| rule.needs_doc());
@@ -431,14 +437,15 @@ impl Listener {
         failures: &BTreeMap<RuleId, RuleFailure>,
     ) {
         let now = SystemTime::now();
+        let of_page = self.positions.group(index).rules.clone();
         let late = outcome.late.clone();
         let until = |rule: Option<&RuleId>, retries| match rule.is_some_and(|rule| late.contains(rule)) {
             true => now + LATE_LOOKED_AT_AFTER,
             false => now + held_for(rule, failures, tools.backoff.delay(retries, fastrand::f64()), fastrand::f64()),
         };
-        self.positions.page_done(index, outcome, until);
+        self.positions.page_done(index, outcome, now, until);
         let held = self.positions.held_rules();
-        self.failing.retain(|rule| held.contains(rule));
+        self.failing.retain(|rule| held.contains(rule) || !of_page.contains(rule));
         for rule in &self.known_rules {
             match (held.contains(rule), failures.get(rule)) {
                 (true, Some(failure)) => tools.rule_health.failing(rule, &self.db, &failure.error),
@@ -519,12 +526,11 @@ impl Listener {
     }
 }
 
-/// Until when a rule may be held by what was there before the process, which is `uptime` old: rules may have been edited or
-/// enabled, and hosts come back, while nobody was there.
-fn held_at_most(doc: Option<&Value>, now: SystemTime, uptime: Duration) -> Option<SystemTime> {
-    let started = now.checked_sub(uptime)?;
-    let updated_at = humantime::parse_rfc3339(doc?["updated_at"].as_str()?).ok()?;
-    (uptime < JUST_STARTED && updated_at < started).then_some(started + HELD_AT_START)
+/// Until when a rule may be held by what was found before the process, which is `uptime` old, began: rules may have been edited
+/// or enabled, and hosts come back, while nobody was there. With that beginning.
+fn held_at_most(now: SystemTime, uptime: Duration) -> Option<(SystemTime, SystemTime)> {
+    let started = now.checked_sub(uptime).filter(|_| uptime < JUST_STARTED)?;
+    Some((started, started + HELD_AT_START))
 }
 
 /// Until when nothing is sent for any of these rules, where that is so: they are disabled, or their hosts are not asked.
@@ -576,23 +582,13 @@ fn start_of(since: SinceOverride) -> Seq {
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 mod tests {
     use super::*;
-    use serde_json::json;
 
     #[test]
-    fn only_what_was_held_before_the_start_is_looked_at_soon_after_it() {
-        let (now, uptime) = (SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000), Duration::from_secs(20));
+    fn only_after_the_start_is_what_was_held_before_it_looked_at_soon() {
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000);
+        let uptime = Duration::from_secs(20);
         let started = now - uptime;
-        let soon = Some(started + HELD_AT_START);
-        let cases = [
-            (json!({ "updated_at": timestamp(started - Duration::from_secs(1)) }), uptime, soon),
-            (json!({ "updated_at": timestamp(started + Duration::from_secs(1)) }), uptime, None),
-            (json!({ "updated_at": timestamp(started - Duration::from_secs(100)) }), JUST_STARTED, None),
-            (json!({ "updated_at": 7 }), uptime, None),
-            (json!({}), uptime, None),
-        ];
-        for (doc, uptime, expected) in cases {
-            assert_eq!(held_at_most(Some(&doc), now, uptime), expected, "{doc} {uptime:?}");
-        }
-        assert_eq!(held_at_most(None, now, uptime), None);
+        assert_eq!(held_at_most(now, uptime), Some((started, started + HELD_AT_START)));
+        assert_eq!(held_at_most(now, JUST_STARTED), None);
     }
 }

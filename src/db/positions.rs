@@ -27,6 +27,8 @@ pub struct RuleStart {
 pub struct Hold {
     pub until: SystemTime,
     pub retries: u32,
+    /// When that was found.
+    pub at: SystemTime,
 }
 
 /// Rules that stand at one position.
@@ -36,6 +38,8 @@ pub struct Group {
     /// None: from the beginning.
     pub since: Option<Seq>,
     pub hold: Option<Hold>,
+    /// The rule's document is invalid: nothing is read for it, and nobody's position passes what it has not had.
+    is_suspended: bool,
     /// Deliveries beyond `since` that succeeded while one before them failed; they are not repeated while we live.
     pub delivered: HashSet<u64>,
     /// The read that last found the end of the feed from here.
@@ -75,24 +79,36 @@ pub struct Positions {
     /// Rules with a `since` of their own are always written, so that it counts only once.
     starts: BTreeMap<RuleId, Seq>,
     revs: BTreeMap<RuleId, String>,
+    /// Rules that were edited between what the document says and this.
+    edited: Vec<RuleId>,
     /// Whether what is in CouchDB says the same.
     changed: bool,
 }
 
 impl Positions {
     /// From a `change_listener` document, or from nothing where the database has none. Fields of a wrong type count as absent:
-    /// that repeats, it never skips.
-    pub fn load(doc: Option<&Value>, rules: &[RuleStart]) -> Self {
+    /// that repeats, it never skips. `suspended` are rules that may be for this database, and cannot be used until they are mended.
+    pub fn load(doc: Option<&Value>, rules: &[RuleStart], suspended: &[RuleId]) -> Self {
         let base = doc.and_then(|doc| doc.get("last_seq")).and_then(Seq::of_json);
         let ahead = doc.and_then(|doc| doc.get("ahead")).filter(|ahead| ahead.is_object());
         let ahead_is_valid = ahead.is_some_and(|ahead| ahead.get("from").and_then(Seq::of_json) == base);
         let stored = |rule: &RuleId| ahead?.get("rules")?.get(rule.as_ref()).and_then(Seq::of_json);
+        let is_missing = doc.is_some_and(|doc| !doc["possibly_deleted_at"].is_null());
 
         let held = doc.and_then(|doc| held::load(doc, base.as_ref(), rules));
-        let hold_of = |rule: &RuleStart| held.as_ref()?.get(&rule.id).cloned();
+        // Of a database that was missing, the pause is one before it is looked for again.
+        let hold_of = |rule: &RuleStart| held.as_ref().filter(|_| !is_missing)?.holds.get(&rule.id).cloned();
 
-        let mut positions =
-            Self { base, groups: Vec::new(), reads: 0, joins: 0, starts: BTreeMap::new(), revs: BTreeMap::new(), changed: false };
+        let mut positions = Self {
+            base,
+            groups: Vec::new(),
+            reads: 0,
+            joins: 0,
+            starts: BTreeMap::new(),
+            revs: BTreeMap::new(),
+            edited: Vec::new(),
+            changed: false,
+        };
         for rule in rules {
             let since = match (ahead_is_valid, stored(&rule.id)) {
                 (true, Some(seq)) => Some(seq),
@@ -102,27 +118,53 @@ impl Positions {
             };
             positions.place(rule, since, hold_of(rule));
         }
-        if held.is_some() {
+        for rule in suspended {
+            positions.suspend(rule, stored(rule).filter(|_| ahead_is_valid));
+        }
+        if let Some(held) = held {
+            positions.revs.extend(held.newer);
+            positions.edited = held.edited;
             return positions;
         }
-        // Of a database that was missing, it is when to look for it again, and no failure.
-        let due = doc.filter(|doc| doc["possibly_deleted_at"].is_null()).and_then(|doc| doc["dirty_at"].as_str());
-        if let Some(until) = due.and_then(|text| humantime::parse_rfc3339(text).ok()) {
+        let time = |field: &str| doc.and_then(|doc| humantime::parse_rfc3339(doc[field].as_str()?).ok());
+        if let Some(until) = time("dirty_at").filter(|_| !is_missing) {
             let retries = doc.and_then(|doc| doc.get("retries")).and_then(Value::as_u64).unwrap_or(0);
+            let retries = u32::try_from(retries).unwrap_or(u32::MAX);
+            let at = time("updated_at").unwrap_or(SystemTime::UNIX_EPOCH);
             let base = positions.base.clone();
-            for group in positions.groups.iter_mut().filter(|group| group.since == base) {
-                group.hold = Some(Hold { until, retries: u32::try_from(retries).unwrap_or(u32::MAX) });
+            for group in positions.groups.iter_mut().filter(|group| group.since == base && !group.is_suspended) {
+                group.hold = Some(Hold { until, retries, at });
             }
         }
         positions
     }
 
+    /// Rules that the document spoke of in an older revision.
+    pub fn edited_since_stored(&self) -> &[RuleId] {
+        &self.edited
+    }
+
+    /// Where it stands, or `since` where it stands nowhere yet: it was there before the process, or is new.
+    fn suspend(&mut self, rule: &RuleId, since: Option<Seq>) {
+        let stood = self.groups.iter_mut().find(|group| group.rules.contains(rule));
+        let (since, delivered) = match stood {
+            Some(group) if group.is_suspended => return,
+            Some(group) => {
+                group.rules.remove(rule);
+                (group.since.clone(), group.delivered.clone())
+            }
+            None => (since.or_else(|| self.base.clone()), HashSet::new()),
+        };
+        self.groups.push(Group { is_suspended: true, delivered, ..Group::at(BTreeSet::from([rule.clone()]), since) });
+        self.groups.retain(|group| !group.rules.is_empty());
+    }
+
     fn place(&mut self, rule: &RuleStart, since: Option<Seq>, hold: Option<Hold>) {
-        self.revs.insert(rule.id.clone(), rule.rev.clone());
+        self.revs.entry(rule.id.clone()).or_insert_with(|| rule.rev.clone());
         if let Some(start) = &rule.since {
             self.starts.insert(rule.id.clone(), start.clone());
         }
-        match self.groups.iter_mut().find(|group| group.since == since && group.hold == hold && group.delivered.is_empty()) {
+        match self.groups.iter_mut().find(|group| group.joins(&since, hold.as_ref())) {
             Some(group) => {
                 group.rules.insert(rule.id.clone());
                 group.at_end = None;
@@ -133,14 +175,20 @@ impl Positions {
 
     /// Rules came and went: a new one starts at `last_seq` or its own `since`. Those that were edited are not held any more, what
     /// held them back may be mended; they are given back.
-    pub fn sync(&mut self, rules: &[RuleStart]) -> Vec<RuleId> {
-        let wanted: BTreeSet<&RuleId> = rules.iter().map(|rule| &rule.id).collect();
+    pub fn sync(&mut self, rules: &[RuleStart], suspended: &[RuleId]) -> Vec<RuleId> {
+        let wanted: BTreeSet<&RuleId> = rules.iter().map(|rule| &rule.id).chain(suspended).collect();
         for group in &mut self.groups {
             group.rules.retain(|rule| wanted.contains(rule));
         }
         self.groups.retain(|group| !group.rules.is_empty());
         self.starts.retain(|rule, _| wanted.contains(rule));
         self.revs.retain(|rule, _| wanted.contains(rule));
+        for group in self.groups.iter_mut().filter(|group| group.is_suspended) {
+            group.is_suspended = rules.iter().all(|rule| !group.rules.contains(&rule.id));
+        }
+        for rule in suspended {
+            self.suspend(rule, None);
+        }
         let known: BTreeSet<RuleId> = self.groups.iter().flat_map(|group| group.rules.iter().cloned()).collect();
         for rule in rules.iter().filter(|rule| !known.contains(&rule.id)) {
             let since = rule.since.clone().or_else(|| self.base.clone());
@@ -148,7 +196,9 @@ impl Positions {
         }
         let mut edited = Vec::new();
         for rule in rules {
-            if self.revs.insert(rule.id.clone(), rule.rev.clone()).is_some_and(|rev| rev != rule.rev) {
+            let rev = self.revs.entry(rule.id.clone()).or_insert_with(|| rule.rev.clone());
+            if held::is_newer(&rule.rev, rev) {
+                rev.clone_from(&rule.rev);
                 edited.push(rule.id.clone());
             }
         }
@@ -163,6 +213,14 @@ impl Positions {
         }
     }
 
+    /// What was found before then may not be so any more.
+    pub fn lift_hold_from_before(&mut self, rule: &RuleId, then: SystemTime) {
+        let is_older = |group: &Group| group.hold.as_ref().is_some_and(|hold| hold.at < then);
+        if self.groups.iter().any(|group| group.rules.contains(rule) && is_older(group)) {
+            self.lift_hold(rule);
+        }
+    }
+
     /// What a rule waited for has come.
     pub fn due_now(&mut self, rule: &RuleId, now: SystemTime) {
         for hold in self.groups.iter_mut().filter(|group| group.rules.contains(rule)).filter_map(|group| group.hold.as_mut()) {
@@ -173,7 +231,10 @@ impl Positions {
     /// Whether rules stand elsewhere that are not held, or for their late deliveries only; and whether some of those that are
     /// not held have something to read.
     pub fn others(&self, index: usize, is_late: impl Fn(&RuleId) -> bool) -> (bool, bool) {
-        let others = || self.groups.iter().enumerate().filter(|(at, _)| *at != index).map(|(_, group)| group);
+        let others = || {
+            let others = self.groups.iter().enumerate().filter(|(at, _)| *at != index).map(|(_, group)| group);
+            others.filter(|group| !group.is_suspended)
+        };
         let goes_on = |group: &Group| group.hold.is_none() || group.rules.iter().any(&is_late);
         let reads = |group: &Group| group.hold.is_none() && group.at_end.is_none() && group.budget != Some(0);
         (others().any(goes_on), others().any(reads))
@@ -186,19 +247,16 @@ impl Positions {
     }
 
     /// The group waits on, without a try: what it waits for is known to be as it was.
-    pub fn hold_on(&mut self, index: usize, until: SystemTime) {
-        match &mut self.groups[index].hold {
-            Some(hold) => hold.until = until,
-            none => {
-                *none = Some(Hold { until, retries: 0 });
-                self.changed = true;
-            }
-        }
+    pub fn hold_on(&mut self, index: usize, until: SystemTime, now: SystemTime) {
+        let hold = &mut self.groups[index].hold;
+        self.changed |= hold.is_none();
+        let retries = hold.as_ref().map_or(0, |hold| hold.retries);
+        *hold = Some(Hold { until, retries, at: now });
     }
 
-    /// No group waits longer than until then: what it waits for may have changed while nobody looked.
-    pub fn hold_at_most(&mut self, until: SystemTime) {
-        for hold in self.groups.iter_mut().filter_map(|group| group.hold.as_mut()) {
+    /// No group waits longer than until then for what was found before `then`: that may have changed while nobody looked.
+    pub fn hold_at_most(&mut self, until: SystemTime, then: SystemTime) {
+        for hold in self.groups.iter_mut().filter_map(|group| group.hold.as_mut()).filter(|hold| hold.at < then) {
             hold.until = hold.until.min(until);
         }
     }
@@ -219,8 +277,8 @@ impl Positions {
 
     /// The group to read next, or None when all that may run have reached the end and stand together.
     pub fn next_read(&self, now: SystemTime) -> Option<usize> {
-        let ready =
-            || self.groups.iter().enumerate().filter(|(_, group)| group.hold.as_ref().is_none_or(|hold| hold.until <= now));
+        let is_ready = |group: &Group| !group.is_suspended && group.hold.as_ref().is_none_or(|hold| hold.until <= now);
+        let ready = || self.groups.iter().enumerate().filter(|(_, group)| is_ready(group));
         // What failed is tried again after those that did not.
         let reads = ready().filter(|(_, group)| group.at_end.is_none() && group.budget != Some(0));
         if let Some((index, _)) = reads.min_by_key(|(_, group)| group.hold.is_some()) {
@@ -250,13 +308,22 @@ impl Positions {
         group.since = None;
         group.delivered.clear();
         group.at_end = None;
+        for group in self.groups.iter_mut().filter(|group| group.is_suspended) {
+            group.since = None;
+        }
         self.base = None;
         self.changed = true;
     }
 
     /// Takes in what became of a page. `backoff` is asked for each group that is now held back, with its rule, or None for all of the
     /// page, and its retries so far.
-    pub fn page_done(&mut self, index: usize, page: PageOutcome, mut backoff: impl FnMut(Option<&RuleId>, u32) -> SystemTime) {
+    pub fn page_done(
+        &mut self,
+        index: usize,
+        page: PageOutcome,
+        now: SystemTime,
+        mut backoff: impl FnMut(Option<&RuleId>, u32) -> SystemTime,
+    ) {
         self.reads += 1;
         self.joins += usize::from(self.groups[index].at_end.is_some());
         let alone = self.groups.len() == 1;
@@ -268,7 +335,7 @@ impl Positions {
             let first = page.failed.values().copied().min().unwrap_or(blocked_at).min(blocked_at);
             let group = &mut self.groups[index];
             group.since = since_before(first);
-            group.hold = Some(Hold { until: backoff(None, retries), retries: retries.saturating_add(1) });
+            group.hold = Some(Hold { until: backoff(None, retries), retries: retries.saturating_add(1), at: now });
             group.delivered.extend(page.delivered);
             group.at_end = None;
             group.placed = self.reads;
@@ -288,7 +355,7 @@ impl Positions {
             let mut delivered = page.delivered.clone();
             delivered.extend(self.groups[index].delivered.iter().copied());
             split.push(Group {
-                hold: Some(Hold { until: backoff(Some(rule), retries), retries: retries.saturating_add(failures) }),
+                hold: Some(Hold { until: backoff(Some(rule), retries), retries: retries.saturating_add(failures), at: now }),
                 delivered,
                 placed: self.reads,
                 ..Group::at(BTreeSet::from([rule.clone()]), since_before(*first))
@@ -381,7 +448,7 @@ impl Positions {
 
     /// True while there is something that would be lost, and repeated, by forgetting this and loading it again.
     pub fn remembers_deliveries(&self) -> bool {
-        self.groups.iter().any(|group| !group.delivered.is_empty())
+        self.groups.iter().any(|group| !group.delivered.is_empty() && !group.is_suspended)
     }
 
     /// The database was made again: what was delivered was another one's.
@@ -436,7 +503,12 @@ impl Positions {
 
 impl Group {
     fn at(rules: BTreeSet<RuleId>, since: Option<Seq>) -> Self {
-        Self { rules, since, hold: None, delivered: HashSet::new(), at_end: None, placed: 0, budget: None }
+        Self { rules, since, hold: None, is_suspended: false, delivered: HashSet::new(), at_end: None, placed: 0, budget: None }
+    }
+
+    /// Whether a rule that comes from there, and is held so, reads with it.
+    fn joins(&self, since: &Option<Seq>, hold: Option<&Hold>) -> bool {
+        self.since == *since && self.hold.as_ref() == hold && self.delivered.is_empty() && !self.is_suspended
     }
 
     pub fn is_probing(&self) -> bool {
@@ -479,6 +551,8 @@ mod tests {
 
     const LATER: fn(Option<&RuleId>, u32) -> SystemTime = |_, _| SystemTime::UNIX_EPOCH + Duration::from_secs(4_000_000_000);
 
+    const NOW: SystemTime = SystemTime::UNIX_EPOCH;
+
     fn stored(positions: &Positions) -> Value {
         let mut doc = Map::new();
         positions.store(&mut doc);
@@ -487,27 +561,27 @@ mod tests {
 
     #[test]
     fn rules_share_one_position() {
-        let mut positions = Positions::load(None, &[rule("a"), rule("b")]);
+        let mut positions = Positions::load(None, &[rule("a"), rule("b")], &[]);
         positions.begin_run();
         let now = SystemTime::now();
         assert_eq!(positions.next_read(now), Some(0));
-        positions.page_done(0, page(&["1", "2"], true), LATER);
+        positions.page_done(0, page(&["1", "2"], true), NOW, LATER);
         assert_eq!(positions.next_read(now), None);
         assert_eq!(stored(&positions), json!({ "last_seq": "2" }));
     }
 
     #[test]
     fn a_rule_that_fails_is_held_at_its_prefix_and_the_others_go_on() {
-        let mut positions = Positions::load(Some(&json!({ "last_seq": "0" })), &[rule("dead"), rule("live")]);
+        let mut positions = Positions::load(Some(&json!({ "last_seq": "0" })), &[rule("dead"), rule("live")], &[]);
         positions.begin_run();
-        positions.page_done(0, failing(page(&["1", "2", "3"], true), "dead", 1), LATER);
+        positions.page_done(0, failing(page(&["1", "2", "3"], true), "dead", 1), NOW, LATER);
         let doc = stored(&positions);
         assert_eq!(doc["last_seq"], "1");
         assert_eq!(doc["ahead"], json!({ "from": "1", "rules": { "live": "3" } }));
         assert_eq!(doc["retries"], 1);
         assert_eq!(positions.held_rules(), ["dead".into()]);
 
-        let again = Positions::load(Some(&doc), &[rule("dead"), rule("live")]);
+        let again = Positions::load(Some(&doc), &[rule("dead"), rule("live")], &[]);
         let live = again.groups.iter().find(|group| group.rules.contains("live")).unwrap();
         assert_eq!(live.since, Some(Seq::from("3")));
         assert!(live.hold.is_none());
@@ -518,11 +592,11 @@ mod tests {
     #[test]
     fn each_rule_waits_for_its_own_time_whoever_marks_the_document() {
         let rules = [rule("dead"), rule("slow"), rule("live")];
-        let mut positions = Positions::load(Some(&json!({ "last_seq": "0" })), &rules);
+        let mut positions = Positions::load(Some(&json!({ "last_seq": "0" })), &rules, &[]);
         positions.begin_run();
         let outcome = failing(failing(page(&["1", "2", "3"], true), "dead", 0), "slow", 0);
         let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
-        positions.page_done(0, outcome, |rule, _| at(if rule.is_some_and(|rule| **rule == *"dead") { 100 } else { 200 }));
+        positions.page_done(0, outcome, NOW, |rule, _| at(if rule.is_some_and(|rule| **rule == *"dead") { 100 } else { 200 }));
         let mut doc = stored(&positions);
         assert_eq!(doc["dirty_at"], timestamp(at(100)));
         (doc["dirty"], doc["dirty_at"]) = (json!(true), json!(null));
@@ -532,37 +606,75 @@ mod tests {
             group.hold.as_ref().map(|hold| hold.until)
         };
         let holds = |positions: &Positions| ["dead", "slow", "live"].map(|rule| until(positions, rule));
-        assert_eq!(holds(&Positions::load(Some(&doc), &rules)), [Some(at(100)), Some(at(200)), None]);
+        assert_eq!(holds(&Positions::load(Some(&doc), &rules, &[])), [Some(at(100)), Some(at(200)), None]);
         let edited = [RuleStart { rev: "2-r".into(), ..rule("dead") }, rule("slow"), rule("live")];
-        assert_eq!(holds(&Positions::load(Some(&doc), &edited)), [None, Some(at(200)), None], "an edit may have mended it");
-        assert_eq!(positions.sync(&edited), ["dead".into()]);
+        assert_eq!(holds(&Positions::load(Some(&doc), &edited, &[])), [None, Some(at(200)), None], "an edit may have mended it");
+        assert_eq!(positions.sync(&edited, &[]), ["dead".into()]);
         assert_eq!(holds(&positions), [None, Some(at(200)), None]);
-        assert!(positions.sync(&edited).is_empty());
+        assert!(positions.sync(&edited, &[]).is_empty());
         assert!(stored(&positions)["held"]["rules"]["slow"]["rev"] == "1-r", "{}", stored(&positions));
         // Whoever does without `ahead` has sent everything to every rule up to where he moved the position.
         doc["last_seq"] = json!("9");
-        assert_eq!(holds(&Positions::load(Some(&doc), &rules)), [None, None, None]);
+        assert_eq!(holds(&Positions::load(Some(&doc), &rules, &[])), [None, None, None]);
+    }
+
+    #[test]
+    fn nobody_passes_what_a_rule_has_not_had_while_its_document_is_invalid() {
+        let (both, live, mended) = ([rule("r"), rule("live")], [rule("live")], [rule("r"), rule("live")]);
+        let since = |positions: &Positions, rule: &str| {
+            positions.groups.iter().find(|group| group.rules.contains(rule)).and_then(|group| group.since.clone())
+        };
+        for held_at_first in [false, true] {
+            let mut positions = Positions::load(Some(&json!({ "last_seq": "0" })), &both, &[]);
+            let first = page(&["1", "2"], true);
+            positions.page_done(0, if held_at_first { failing(first, "r", 1) } else { first }, NOW, LATER);
+            let stood = Some(Seq::from(if held_at_first { "1" } else { "2" }));
+            // A typo; the process may be another one by now.
+            for is_reloaded in [false, true] {
+                let mut positions = match is_reloaded {
+                    true => Positions::load(Some(&stored(&positions)), &live, &["r".into()]),
+                    false => positions.clone(),
+                };
+                positions.sync(&live, &["r".into()]);
+                positions.begin_run();
+                while let Some(index) = positions.next_read(SystemTime::now()) {
+                    assert!(!positions.group(index).rules.contains("r"), "nothing is read for it");
+                    let more = positions.group(index).since != Some(Seq::from("4"));
+                    positions.page_done(index, page(if more { &["3", "4"] } else { &[] }, true), NOW, LATER);
+                }
+                assert_eq!((since(&positions, "live"), positions.complete()), (Some(Seq::from("4")), None));
+                assert!(positions.held().is_none());
+                let doc = stored(&positions);
+                assert_eq!(since(&Positions::load(Some(&doc), &mended, &[]), "r"), stood, "{held_at_first} {is_reloaded} {doc}");
+                positions.sync(&mended, &[]);
+                assert_eq!(since(&positions, "r"), stood, "{held_at_first} {is_reloaded}");
+                assert!(positions.next_read(SystemTime::now()).is_some());
+                // Nobody may have it any more.
+                positions.sync(&live, &[]);
+                assert_eq!(positions.groups.len(), 1);
+            }
+        }
     }
 
     #[test]
     fn a_stale_ahead_falls_back_to_last_seq() {
         let doc = json!({ "last_seq": "7", "ahead": { "from": "1", "rules": { "live": "3" } } });
-        let positions = Positions::load(Some(&doc), &[rule("live")]);
+        let positions = Positions::load(Some(&doc), &[rule("live")], &[]);
         assert_eq!(positions.group(0).since, Some(Seq::from("7")));
     }
 
     #[test]
     fn a_rule_that_recovers_joins_the_others_again() {
-        let mut positions = Positions::load(Some(&json!({ "last_seq": "0" })), &[rule("dead"), rule("live")]);
+        let mut positions = Positions::load(Some(&json!({ "last_seq": "0" })), &[rule("dead"), rule("live")], &[]);
         positions.begin_run();
-        positions.page_done(0, failing(page(&["1", "2"], true), "dead", 0), |_, _| SystemTime::UNIX_EPOCH);
+        positions.page_done(0, failing(page(&["1", "2"], true), "dead", 0), NOW, |_, _| SystemTime::UNIX_EPOCH);
         let now = SystemTime::now();
         positions.begin_run();
         for _ in 0..6 {
             let Some(index) = positions.next_read(now) else { break };
             let outcome =
                 if positions.group(index).since == Some(Seq::from("0")) { page(&["1'", "2'"], true) } else { page(&[], true) };
-            positions.page_done(index, outcome, LATER);
+            positions.page_done(index, outcome, NOW, LATER);
         }
         assert_eq!(positions.groups.len(), 1, "{positions:?}");
         assert_eq!(positions.next_read(now), None);
@@ -573,9 +685,9 @@ mod tests {
 
     #[test]
     fn what_failed_is_tried_again_after_those_that_did_not() {
-        let mut positions = Positions::load(Some(&json!({ "last_seq": "0" })), &[rule("dead"), rule("live")]);
+        let mut positions = Positions::load(Some(&json!({ "last_seq": "0" })), &[rule("dead"), rule("live")], &[]);
         positions.begin_run();
-        positions.page_done(0, failing(page(&["1", "2"], true), "dead", 0), |_, _| SystemTime::UNIX_EPOCH);
+        positions.page_done(0, failing(page(&["1", "2"], true), "dead", 0), NOW, |_, _| SystemTime::UNIX_EPOCH);
         let now = SystemTime::now();
         for held_first in [false, true] {
             positions.groups.sort_by_key(|group| group.hold.is_some() != held_first);
@@ -590,10 +702,10 @@ mod tests {
 
     #[test]
     fn a_blocking_rule_holds_everyone() {
-        let mut positions = Positions::load(None, &[rule("a"), rule("b")]);
+        let mut positions = Positions::load(None, &[rule("a"), rule("b")], &[]);
         positions.begin_run();
         let outcome = PageOutcome { blocked_at: Some(1), ..page(&["1", "2", "3"], false) };
-        positions.page_done(0, outcome, LATER);
+        positions.page_done(0, outcome, NOW, LATER);
         assert_eq!(positions.groups.len(), 1);
         assert_eq!(stored(&positions)["last_seq"], "1");
         assert_eq!(positions.next_read(SystemTime::now()), None);
@@ -602,61 +714,61 @@ mod tests {
     #[test]
     fn last_seq_never_passes_a_rule_that_is_held_in_the_middle() {
         let now = SystemTime::now();
-        let mut positions = Positions::load(Some(&json!({ "last_seq": "0" })), &[rule("a"), rule("b"), rule("c")]);
+        let mut positions = Positions::load(Some(&json!({ "last_seq": "0" })), &[rule("a"), rule("b"), rule("c")], &[]);
         positions.begin_run();
         // b stops behind a; c goes on to the end.
         let outcome = failing(failing(page(&["1", "2", "3", "4"], true), "a", 1), "b", 3);
-        positions.page_done(0, outcome, |_, _| SystemTime::UNIX_EPOCH);
+        positions.page_done(0, outcome, NOW, |_, _| SystemTime::UNIX_EPOCH);
         assert_eq!(stored(&positions)["last_seq"], "1");
         // a comes back and reads on, past b perhaps: nobody can tell, so last_seq stays.
         positions.begin_run();
         let a = positions.groups.iter().position(|group| group.rules.contains("a")).unwrap();
-        positions.page_done(a, page(&["2'"], false), LATER);
+        positions.page_done(a, page(&["2'"], false), NOW, LATER);
         assert_eq!(stored(&positions)["last_seq"], "1");
         assert!(positions.next_read(now).is_some());
     }
 
     #[test]
     fn a_new_rule_starts_at_last_seq_or_at_its_own_since_once() {
-        let mut positions = Positions::load(Some(&json!({ "last_seq": "5" })), &[rule("old")]);
+        let mut positions = Positions::load(Some(&json!({ "last_seq": "5" })), &[rule("old")], &[]);
         let zero = RuleStart { id: "zero".into(), rev: "1-r".into(), since: Some(Seq::zero()) };
-        positions.sync(&[rule("old"), rule("new"), zero.clone()]);
+        positions.sync(&[rule("old"), rule("new"), zero.clone()], &[]);
         assert_eq!(positions.group(0).rules.len(), 2);
         let doc = stored(&positions);
         assert_eq!(doc["ahead"]["rules"], json!({ "zero": 0 }));
 
         positions.begin_run();
         while let Some(index) = positions.next_read(SystemTime::now()) {
-            positions.page_done(index, page(&[], true), LATER);
+            positions.page_done(index, page(&[], true), NOW, LATER);
         }
         let doc = stored(&positions);
-        let again = Positions::load(Some(&doc), &[rule("old"), rule("new"), zero]);
+        let again = Positions::load(Some(&doc), &[rule("old"), rule("new"), zero], &[]);
         assert_eq!(again.groups.len(), 1, "its since counts only once: {doc}");
     }
 
     #[test]
     fn since_now_is_the_moment_of_the_first_read() {
         let now = RuleStart { id: "n".into(), rev: "1-r".into(), since: Some(Seq::from("now")) };
-        let mut positions = Positions::load(None, std::slice::from_ref(&now));
+        let mut positions = Positions::load(None, std::slice::from_ref(&now), &[]);
         positions.begin_run();
-        positions.page_done(0, PageOutcome { last_seq: Some(Seq::from("7")), ..PageOutcome::default() }, LATER);
+        positions.page_done(0, PageOutcome { last_seq: Some(Seq::from("7")), ..PageOutcome::default() }, NOW, LATER);
         assert!(positions.changed(), "a restart must not skip what comes after this");
         let doc = stored(&positions);
         assert_eq!(doc["ahead"]["rules"]["n"], "7");
-        assert_eq!(Positions::load(Some(&doc), &[now]).group(0).since, Some(Seq::from("7")));
+        assert_eq!(Positions::load(Some(&doc), &[now], &[]).group(0).since, Some(Seq::from("7")));
     }
 
     #[test]
     fn groups_that_cannot_meet_do_not_hold_the_run() {
-        let mut positions = Positions::load(Some(&json!({ "last_seq": "0" })), &[rule("dead"), rule("live")]);
+        let mut positions = Positions::load(Some(&json!({ "last_seq": "0" })), &[rule("dead"), rule("live")], &[]);
         positions.begin_run();
-        positions.page_done(0, failing(page(&["1", "2"], true), "dead", 0), |_, _| SystemTime::UNIX_EPOCH);
+        positions.page_done(0, failing(page(&["1", "2"], true), "dead", 0), NOW, |_, _| SystemTime::UNIX_EPOCH);
         positions.begin_run();
         let mut reads = 0;
         while let Some(index) = positions.next_read(SystemTime::now()) {
             reads += 1;
             assert!(reads < 20, "every read finds a new row, and the run never ends");
-            positions.page_done(index, page(&["n"], true), LATER);
+            positions.page_done(index, page(&["n"], true), NOW, LATER);
         }
     }
 
@@ -665,7 +777,7 @@ mod tests {
         for doc in
             [json!({ "last_seq": {} }), json!({ "last_seq": null, "ahead": 7 }), json!({ "ahead": { "rules": [] } }), json!([])]
         {
-            let positions = Positions::load(Some(&doc), &[rule("a")]);
+            let positions = Positions::load(Some(&doc), &[rule("a")], &[]);
             assert_eq!(positions.group(0).since, None, "{doc}");
         }
     }
@@ -673,21 +785,21 @@ mod tests {
     #[test]
     fn only_the_end_of_a_run_that_left_nobody_behind_is_complete() {
         let rules = [rule("a"), rule("b")];
-        let mut positions = Positions::load(Some(&json!({ "last_seq": "0" })), &rules);
+        let mut positions = Positions::load(Some(&json!({ "last_seq": "0" })), &rules, &[]);
         positions.begin_run();
         assert_eq!(positions.complete(), None, "nothing was read");
-        positions.page_done(0, page(&["1"], false), LATER);
+        positions.page_done(0, page(&["1"], false), NOW, LATER);
         assert_eq!(positions.complete(), None, "there are more rows");
-        positions.page_done(0, page(&["2"], true), LATER);
+        positions.page_done(0, page(&["2"], true), NOW, LATER);
         assert_eq!(positions.complete(), Some(&Seq::from("2")));
         positions.begin_run();
         assert_eq!(positions.complete(), None, "what came since then was not read");
-        positions.page_done(0, failing(page(&["3"], true), "b", 0), LATER);
+        positions.page_done(0, failing(page(&["3"], true), "b", 0), NOW, LATER);
         assert_eq!(positions.complete(), None, "b is held back");
 
-        let mut positions = Positions::load(Some(&json!({ "last_seq": "0" })), &rules);
+        let mut positions = Positions::load(Some(&json!({ "last_seq": "0" })), &rules, &[]);
         positions.begin_run();
-        positions.page_done(0, PageOutcome { blocked_at: Some(0), ..page(&["1"], true) }, LATER);
+        positions.page_done(0, PageOutcome { blocked_at: Some(0), ..page(&["1"], true) }, NOW, LATER);
         assert_eq!(positions.complete(), None, "everybody waits");
     }
 
@@ -699,7 +811,7 @@ mod tests {
             limit in 1usize..5,
             writes in prop::collection::vec(0usize..3, 30),
             fates in prop::collection::vec((0u8..6, 0usize..5), 30),
-            runs in 1usize..4,
+            runs in prop::collection::vec(any::<bool>(), 1..4),
             owns in any::<bool>(),
         ) {
             let own = RuleStart { id: "own".into(), rev: "1-r".into(), since: owns.then(Seq::zero) };
@@ -708,8 +820,10 @@ mod tests {
             let mut delivered: BTreeMap<RuleId, BTreeSet<u64>> = starts.iter().map(|rule| (rule.id.clone(), BTreeSet::new())).collect();
             let mut fates = fates.into_iter().cycle();
             let mut writes = writes.into_iter().cycle();
-            for _ in 0..runs {
-                let mut positions = Positions::load(Some(&doc), &starts);
+            for is_suspended in runs {
+                let suspended: Vec<RuleId> = if is_suspended { vec!["b".into()] } else { Vec::new() };
+                let valid: Vec<RuleStart> = starts.iter().filter(|rule| !suspended.contains(&rule.id)).cloned().collect();
+                let mut positions = Positions::load(Some(&doc), &valid, &suspended);
                 positions.begin_run();
                 let before = rows;
                 for _ in 0..60 {
@@ -742,16 +856,22 @@ mod tests {
                         delivered.get_mut(rule).unwrap().extend(&read[..until]);
                     }
                     let retry = if fate % 2 == 0 { SystemTime::UNIX_EPOCH } else { LATER(None, 0) };
-                    positions.page_done(index, outcome, |_, _| retry);
+                    positions.page_done(index, outcome, NOW, |_, _| retry);
                     let mut stored = Map::new();
                     positions.store(&mut stored);
                     doc = Value::Object(stored);
+                    for group in &Positions::load(Some(&doc), &starts, &[]).groups {
+                        let Some(Seq::Number(since)) = group.since else { return Err(TestCaseError::fail("no number")) };
+                        for rule in &group.rules {
+                            prop_assert!((1..=since).all(|row| delivered[rule].contains(&row)), "{rule} is at {since}: {doc}");
+                        }
+                    }
                     if let Some(last_seq) = positions.complete() {
                         for (rule, rows) in &delivered {
                             prop_assert!((1..=before).all(|row| rows.contains(&row)), "{rule} lacks some of {before}: {rows:?}");
                         }
                         prop_assert!(doc["dirty_at"].is_null(), "{doc}");
-                        let again = Positions::load(Some(&doc), &starts);
+                        let again = Positions::load(Some(&doc), &starts, &[]);
                         prop_assert!(again.groups.len() == 1 && again.group(0).since.as_ref() == Some(last_seq), "{doc}");
                     }
                     rows += writes.next().unwrap_or_default() as u64;
@@ -762,9 +882,9 @@ mod tests {
 
     #[test]
     fn nothing_new_is_not_written() {
-        let mut positions = Positions::load(Some(&json!({ "last_seq": "5" })), &[rule("a")]);
+        let mut positions = Positions::load(Some(&json!({ "last_seq": "5" })), &[rule("a")], &[]);
         positions.begin_run();
-        positions.page_done(0, page(&[], true), LATER);
+        positions.page_done(0, page(&[], true), NOW, LATER);
         assert!(!positions.changed());
     }
 }

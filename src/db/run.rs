@@ -38,6 +38,7 @@ pub async fn run(
     let snapshot = loaded_snapshot(&shared).await;
     shared.tools.couch.health().up().await;
     let rules = snapshot.rules_of(&db);
+    let suspended = snapshot.suspended_of(&db);
     let replicated = match snapshot.replicators_from(&db) {
         [] => None,
         _ => {
@@ -68,7 +69,7 @@ pub async fn run(
     let is_stale = is_stale && listener.is_some();
     let mut listener = match listener {
         Some(listener) => listener,
-        None => match Listener::load(&shared.tools, &db, &rules).await {
+        None => match Listener::load(&shared.tools, &db, &rules, &suspended).await {
             Ok(listener) => listener,
             Err(error) => return without(None, late, Err(error), replicated),
         },
@@ -78,7 +79,7 @@ pub async fn run(
     }
     listener.meet(instance);
     listener.leave_by(leaving, late);
-    let result = listener.listen(&shared.tools, &rules, seen).await;
+    let result = listener.listen(&shared.tools, &rules, &suspended, seen).await;
     RunEnded { listener: Some(listener), late: Late::default(), result, replicated }
 }
 

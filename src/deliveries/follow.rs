@@ -183,7 +183,7 @@ fn warn_of(doc: &Value) {
 
 fn enable(arguments: &Arguments, rule: &str) {
     let book = &arguments.deliveries.book;
-    if !book.index().enable(rule) {
+    if !book.index().enable(rule, SystemTime::now()) {
         return;
     }
     book.index().hurry(&HashSet::from([rule]), SystemTime::now());

@@ -58,7 +58,7 @@ pub struct Index {
     reserved: HashMap<(Arc<str>, DbName), usize>,
     disabled: HashMap<Arc<str>, Disabled>,
     /// How often a rule was enabled again while we live.
-    enabled: HashMap<Arc<str>, u64>,
+    enabled: HashMap<Arc<str>, SystemTime>,
     /// Keys whose parked delivery was accepted: when the document was read for it, and its generation; the oldest first.
     accepted: HashMap<Key, (Instant, u64)>,
     accepted_order: VecDeque<(Instant, Key)>,
@@ -370,10 +370,10 @@ impl Index {
     }
 
     /// The document that disabled a rule is gone.
-    pub fn enable(&mut self, rule: &str) -> bool {
+    pub fn enable(&mut self, rule: &str, now: SystemTime) -> bool {
         let was = self.disabled.remove(rule).is_some();
         if was {
-            *self.enabled.entry(rule.into()).or_default() += 1;
+            self.enabled.insert(rule.into(), now);
         }
         was
     }
@@ -387,9 +387,9 @@ impl Index {
         self.disabled.values()
     }
 
-    /// Grows when a rule is enabled again.
-    pub fn times_enabled(&self, rule: &str) -> u64 {
-        self.enabled.get(rule).copied().unwrap_or(0)
+    /// When a rule was enabled again, where that was while we were there.
+    pub fn enabled_at(&self, rule: &str) -> Option<SystemTime> {
+        self.enabled.get(rule).copied()
     }
 }
 
@@ -542,8 +542,8 @@ mod tests {
         let mut index = Index::default();
         index.disable(Disabled { doc_rev: "1-x".into(), rule: "r".into(), rule_rev: "2-b".into() });
         assert!(index.is_disabled("r", "2-b") && !index.is_disabled("r", "3-c") && !index.is_disabled("s", "2-b"));
-        assert!(index.enable("r") && !index.enable("r"));
-        assert_eq!(index.times_enabled("r"), 1);
+        assert!(index.enable("r", at(7)) && !index.enable("r", at(8)));
+        assert_eq!(index.enabled_at("r"), Some(at(7)));
     }
 
     #[test]

@@ -3,8 +3,8 @@
 use crate::couch::Row;
 use crate::rules::installations::{INTERNAL, databases_of};
 use crate::rules::matching::{INDEXED_FROM, RuleSet};
-use crate::rules::pattern::PatternSet;
-use crate::rules::rule::Rule;
+use crate::rules::pattern::{Pattern, PatternSet};
+use crate::rules::rule::{Rule, pattern_of};
 use crate::topology::replicator::Replicator;
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -29,6 +29,9 @@ struct Rules {
     /// In the order of their ids.
     all: Vec<Arc<Rule>>,
     patterns: PatternSet,
+    /// Rules whose documents are invalid, with the databases that they were or will be for.
+    suspended: Vec<Arc<str>>,
+    suspended_patterns: PatternSet,
     /// By their places, sets of rules that are many for one database.
     sets: Mutex<HashMap<Vec<usize>, Arc<RuleSet>>>,
 }
@@ -37,9 +40,14 @@ struct Rules {
 const INDEXED_RULES_MAX: usize = 20_000;
 
 impl Rules {
-    fn new(all: Vec<Arc<Rule>>) -> Self {
-        let patterns = PatternSet::new(all.iter().map(|rule| &rule.pattern));
-        Self { all, patterns, sets: Mutex::default() }
+    fn new(all: Vec<Arc<Rule>>, suspended: &BTreeMap<Arc<str>, Pattern>) -> Self {
+        Self {
+            patterns: PatternSet::new(all.iter().map(|rule| &rule.pattern)),
+            all,
+            suspended: suspended.keys().cloned().collect(),
+            suspended_patterns: PatternSet::new(suspended.values()),
+            sets: Mutex::default(),
+        }
     }
 
     fn of(&self, db: &str) -> Arc<RuleSet> {
@@ -152,6 +160,12 @@ impl Snapshot {
         self.rules.of(db)
     }
 
+    /// Rules that cannot be used until their documents are mended, and that may be for it: what they have not had is kept for them.
+    pub fn suspended_of(&self, db: &str) -> Vec<Arc<str>> {
+        let Rules { suspended, suspended_patterns, .. } = &*self.rules;
+        suspended_patterns.matches(db).into_iter().filter_map(|at| suspended.get(at).cloned()).collect()
+    }
+
     pub fn replicators_from(&self, db: &str) -> &[Arc<Replicator>] {
         with_name(&self.replicators.by_source, SOURCE, db)
     }
@@ -176,6 +190,7 @@ impl Snapshot {
 pub struct Catalogue {
     own: HashSet<String>,
     rules: BTreeMap<String, Arc<Rule>>,
+    suspended: BTreeMap<Arc<str>, Pattern>,
     /// The same for a snapshot; none once a rule changed.
     shared_rules: Option<Arc<Rules>>,
     replicators: Replicators,
@@ -194,6 +209,7 @@ impl Catalogue {
         Self {
             own: installations.into_iter().flat_map(databases_of).chain(INTERNAL.map(String::from)).collect(),
             rules: BTreeMap::new(),
+            suspended: BTreeMap::new(),
             shared_rules: None,
             replicators: Replicators::default(),
             fresh: Vec::new(),
@@ -212,8 +228,10 @@ impl Catalogue {
         }
         let doc = row.doc.as_ref().and_then(|doc| serde_json::from_str::<Value>(doc.get()).ok());
         let kind = doc.as_ref().and_then(|doc| doc.get("type")).and_then(Value::as_str).unwrap_or_default();
-        let had_rule = self.rules.remove(&row.id).is_some();
-        if had_rule || kind == "on_change" {
+        let rule_before = self.rules.remove(&row.id);
+        let had_rule = rule_before.is_some();
+        let pattern_before = rule_before.map(|rule| rule.pattern.clone()).or_else(|| self.suspended.remove(row.id.as_str()));
+        if pattern_before.is_some() || kind == "on_change" {
             self.shared_rules = None;
         }
         let had = self.remove_replicator(&row.id) | had_rule;
@@ -227,6 +245,7 @@ impl Catalogue {
         if doc.is_none() && !row.deleted && was_rule {
             // It is there and cannot be read: what it owes must not be taken for a deleted rule's.
             Arc::make_mut(&mut self.invalid_rules).insert(row.id.as_str().into());
+            self.suspended.extend(pattern_before.map(|pattern| (row.id.as_str().into(), pattern)));
             if self.invalid.insert(row.id.clone(), row.rev().to_string()).as_deref() != Some(row.rev()) {
                 tracing::error!(id = row.id, "the rule's document cannot be read, it is passed over until it can");
             }
@@ -250,7 +269,11 @@ impl Catalogue {
                             Arc::make_mut(&mut self.invalid_replicators).insert(row.id.as_str().into(), reasons.as_str().into()),
                         );
                     }
-                    _ => drop(Arc::make_mut(&mut self.invalid_rules).insert(row.id.as_str().into())),
+                    _ => {
+                        Arc::make_mut(&mut self.invalid_rules).insert(row.id.as_str().into());
+                        let pattern = pattern_of(doc).or(pattern_before);
+                        self.suspended.extend(pattern.map(|pattern| (row.id.as_str().into(), pattern)));
+                    }
                 }
                 if self.invalid.insert(row.id.clone(), row.rev().to_string()).as_deref() != Some(row.rev()) {
                     tracing::error!(id = row.id, kind, reasons, "invalid document, it is passed over until it is mended");
@@ -275,6 +298,11 @@ impl Catalogue {
         had
     }
 
+    /// Since the last snapshot.
+    pub fn has_rule_news(&self) -> bool {
+        self.shared_rules.is_none()
+    }
+
     pub fn invalid_documents(&self) -> usize {
         self.invalid.len()
     }
@@ -284,7 +312,9 @@ impl Catalogue {
         if std::mem::take(&mut self.has_gone) || !fresh.is_empty() {
             self.replicators.sort_in(&fresh);
         }
-        let rules = self.shared_rules.get_or_insert_with(|| Arc::new(Rules::new(self.rules.values().cloned().collect())));
+        let rules = self
+            .shared_rules
+            .get_or_insert_with(|| Arc::new(Rules::new(self.rules.values().cloned().collect(), &self.suspended)));
         Snapshot {
             loaded: true,
             rules: rules.clone(),

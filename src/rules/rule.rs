@@ -211,6 +211,11 @@ fn id(fields: &Map<String, Value>) -> Result<Arc<str>, Invalid> {
     }
 }
 
+/// For which databases a document is that cannot be used, where that at least can be told.
+pub fn pattern_of(doc: &Value) -> Option<Pattern> {
+    pattern(doc.as_object()?).ok()
+}
+
 /// The original made `/undefined/` of a missing pattern: certainly not what anybody meant.
 fn pattern(fields: &Map<String, Value>) -> Result<Pattern, Invalid> {
     match given(fields, "db_name") {

@@ -2,6 +2,7 @@
 
 use crate::db::Instance;
 use crate::db::listen::{ListenError, Listener, Tools};
+use crate::db::positions::RuleId;
 use crate::job::DbName;
 use crate::locks::held::{End, look_for_missing, retries};
 use crate::locks::hold::Hold;
@@ -20,14 +21,14 @@ const RULES_KNOWN_AFTER: Duration = Duration::from_secs(2);
 pub async fn work(shared: &Shared, tools: &Tools, hold: &Arc<Hold>) -> Worked {
     let db: DbName = hold.before()["db_name"].as_str().unwrap_or_default().into();
     tools.couch.health().up().await;
-    let (rules, is_known) = rules_of(shared, &db, hold.before()).await;
+    let (rules, suspended, is_known) = rules_of(shared, &db, hold.before()).await;
     if rules.is_empty() {
         return if is_known { End::Clean } else { later(shared, hold) }.into();
     }
-    let mut listener = Listener::locked(tools, &db, &rules, hold.clone());
+    let mut listener = Listener::locked(tools, &db, &rules, &suspended, hold.clone());
     // Nobody told us whether the database was made again since.
     listener.meet(Instance::Unsure);
-    let end = match listener.listen(tools, &rules, None).await {
+    let end = match listener.listen(tools, &rules, &suspended, None).await {
         Ok(()) => match listener.positions().held() {
             Some((at, retries)) => End::Later { at, retries },
             None if listener.positions().has_more() => End::Again,
@@ -71,27 +72,38 @@ fn patience(doc: &Value, now: SystemTime) -> Duration {
     RULES_KNOWN_AFTER.saturating_sub(now.duration_since(marked_at).unwrap_or_default())
 }
 
-/// With whether that is all: a rule that is invalid until somebody mends it may be for this database.
-async fn rules_of(shared: &Shared, db: &str, doc: &Value) -> (Arc<RuleSet>, bool) {
+/// The rules of the database, those that are suspended, and whether that is all: a rule that is invalid until somebody mends it
+/// may be for this database.
+async fn rules_of(shared: &Shared, db: &str, doc: &Value) -> (Arc<RuleSet>, Vec<RuleId>, bool) {
     let mut snapshots = shared.snapshot.clone();
     let known = |snapshot: &Arc<Snapshot>| match snapshot.watches(db) {
-        true => snapshot.rules_of(db),
-        false => Arc::new(RuleSet::plain(Vec::new())),
+        true => (snapshot.rules_of(db), snapshot.suspended_of(db)),
+        false => (Arc::new(RuleSet::plain(Vec::new())), snapshot.suspended_of(db)),
     };
     let Ok(snapshot) = snapshots.wait_for(|snapshot| snapshot.is_loaded()).await.map(|snapshot| snapshot.clone()) else {
         // The Supervisor that publishes them is gone, and soon we are.
         return std::future::pending().await;
     };
-    let rules = known(&snapshot);
-    if !rules.is_empty() || snapshot.is_own(db) {
-        return (rules, true);
-    }
-    let found = snapshots.wait_for(|snapshot| !known(snapshot).is_empty());
-    let found = match tokio::time::timeout(patience(doc, SystemTime::now()), found).await {
-        Ok(Ok(snapshot)) => known(&snapshot),
-        _ => rules,
+    let is_all = |(rules, suspended): &(Arc<RuleSet>, Vec<RuleId>)| {
+        let is_known = |id: &str| rules.iter().any(|rule| *rule.id == *id) || suspended.iter().any(|known| **known == *id);
+        !rules.is_empty() && rules_named(doc).all(is_known)
     };
-    (found, !shared.snapshot.borrow().has_invalid_rules())
+    let mut found = known(&snapshot);
+    if !is_all(&found) && !snapshot.is_own(db) {
+        let complete = snapshots.wait_for(|snapshot| is_all(&known(snapshot)));
+        if let Ok(Ok(snapshot)) = tokio::time::timeout(patience(doc, SystemTime::now()), complete).await {
+            found = known(&snapshot);
+        }
+    }
+    let (rules, suspended) = found;
+    let is_known = !rules.is_empty() || snapshot.is_own(db) || !shared.snapshot.borrow().has_invalid_rules();
+    (rules, suspended, is_known)
+}
+
+/// Those that somebody has listened for, and that are not where all are.
+fn rules_named(doc: &Value) -> impl Iterator<Item = &str> {
+    let fields = ["ahead", "held"].into_iter().filter_map(|field| doc[field]["rules"].as_object());
+    fields.flat_map(|rules| rules.keys().map(String::as_str))
 }
 
 #[cfg(test)]

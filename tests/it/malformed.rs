@@ -8,6 +8,7 @@ tests_on! {
     every: [
         a_malformed_document_is_named_once_and_stops_nothing,
         a_mended_document_works,
+        a_rule_that_is_invalid_for_a_while_misses_nothing,
         odd_positions_count_as_none,
         odd_documents_of_no_known_type_are_left_alone,
     ],
@@ -151,6 +152,48 @@ async fn a_mended_document_works(lab: Arc<Lab>) {
     lab.spiegel_doc("rule", json!({ "type": "on_change", "db_name": 7 })).await;
     let spoilt = async || (loud_lines(&spiegel, "\"rule\"").len() >= 2).then_some(());
     eventually(SOON, "it is said again for the new revision", spoilt).await;
+}
+
+async fn a_rule_that_is_invalid_for_a_while_misses_nothing(lab: Arc<Lab>) {
+    lab.install().await;
+    let db = lab.create("posts").await;
+    lab.rule("good", &db, "/good", json!({})).await;
+    let url = lab.receiver.url("/typo");
+    lab.rule("typo", &db, "/typo", json!({})).await;
+    let edit = async |url: &str| {
+        let mut doc = lab.couch.get(&lab.spiegel_db(), "typo").await.expect("the rule");
+        doc["url"] = json!(url);
+        lab.couch.put(&lab.spiegel_db(), "typo", doc).await;
+    };
+    let all_had = async |path: &str, expected: &[&str]| {
+        let had = async || expected.iter().all(|id| lab.receiver.delivered(path).contains_key(*id)).then_some(());
+        eventually(SOON, format!("{path} has {expected:?}"), had).await;
+    };
+    let mut spiegel = lab.spiegel().await;
+    lab.couch.put(&db, "a", json!({})).await;
+    all_had("/good", &["a"]).await;
+    all_had("/typo", &["a"]).await;
+    // Once while the process lives, and once through a restart.
+    for (spoilt, written, is_restarted) in [(1, "b", false), (2, "c", true)] {
+        edit("not a url").await;
+        let known = async || (loud_lines(&spiegel, "\"typo\"").len() == spoilt).then_some(());
+        eventually(SOON, "it is known to be invalid", known).await;
+        if is_restarted {
+            spiegel.restart().await;
+        }
+        lab.couch.put(&db, written, json!({})).await;
+        all_had("/good", &[written]).await;
+        assert!(!lab.receiver.delivered("/typo").contains_key(written));
+        edit(&url).await;
+        all_had("/typo", &[written]).await;
+    }
+    assert!(lab.receiver.delivered("/good").values().chain(lab.receiver.delivered("/typo").values()).all(|count| *count == 1));
+    let id = format!("spiegel_cl_{db}");
+    let together = async || {
+        let doc = lab.couch.get(&lab.spiegel_db(), &id).await?;
+        (doc["ahead"].is_null() && doc["dirty"] == json!(false)).then_some(())
+    };
+    eventually(SOON, "they stand together again", together).await;
 }
 
 async fn odd_positions_count_as_none(lab: Arc<Lab>) {
