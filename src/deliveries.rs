@@ -147,7 +147,7 @@ impl Deliveries {
         self.book.index().is_disabled(&rule.id, &rule.rev)
     }
 
-    /// Grows when a rule that was disabled is enabled again.
+    /// When a rule that was disabled was enabled again, where we were there.
     pub fn enabled_at(&self, rule: &str) -> Option<SystemTime> {
         self.book.index().enabled_at(rule)
     }

@@ -212,10 +212,11 @@ impl Reader {
     }
 
     fn publish(&mut self) {
-        let snapshot = self.catalogue.snapshot();
+        let snapshot = Arc::new(self.catalogue.snapshot());
         let Arguments { metrics, publish, .. } = &self.arguments;
+        publish.send_replace(snapshot.clone());
+        // Whoever reads these knows that everybody works by them.
         metrics.rules.set(i64::try_from(snapshot.rules().len()).unwrap_or(i64::MAX));
         metrics.invalid_documents.set(i64::try_from(self.catalogue.invalid_documents()).unwrap_or(i64::MAX));
-        publish.send_replace(Arc::new(snapshot));
     }
 }

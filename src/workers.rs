@@ -119,6 +119,8 @@ pub struct State {
     board: Board,
     jobs: HashMap<Id, Running>,
     coexistence: Coexistence,
+    /// Since the feed was last open.
+    deaf_since: Option<Instant>,
     tasks: Vec<AbortHandle>,
     timer: Option<AbortHandle>,
     break_off: CancellationToken,
@@ -178,6 +180,7 @@ impl Actor for Workers {
             coexistence: Coexistence::of(&arguments.mixed, arguments.alone_after, Instant::now()),
             arguments,
             jobs: HashMap::new(),
+            deaf_since: None,
             tasks,
             timer: None,
             break_off: CancellationToken::new(),
@@ -197,9 +200,17 @@ impl Actor for Workers {
             Message::Begin => state.board.begin(age),
             Message::Following(is_open) => {
                 state.board.following(is_open);
+                if !is_open {
+                    state.deaf_since.get_or_insert(age);
+                }
                 state.arguments.metrics.workers_connected.set(i64::from(is_open));
             }
-            Message::WasDeaf => state.was_deaf(age),
+            Message::WasDeaf => {
+                state.board.was_deaf(age);
+                if let Some(since) = state.deaf_since.take() {
+                    state.coexistence.was_deaf(age.saturating_duration_since(since), age);
+                }
+            }
             Message::JobEnded { id, end } => {
                 state.jobs.remove(&id);
                 match end {
@@ -209,7 +220,7 @@ impl Actor for Workers {
                     JobEnd::Wait(wait) => state.board.wait(&id, age + wait, age),
                     JobEnd::Locked { rev, wait } => state.board.wait_unchanged(&id, &rev, age + wait, age),
                     JobEnd::Deaf(wait) => {
-                        state.was_deaf(age);
+                        state.board.was_deaf(age);
                         state.board.wait(&id, age + wait, age);
                     }
                     JobEnd::HoldOff(wait) => state.board.hold_off(&id, age + wait, age),
@@ -272,13 +283,6 @@ impl State {
                     job.has_conflicts.store(true, Ordering::Relaxed);
                 }
             }
-        }
-    }
-
-    fn was_deaf(&mut self, age: Instant) {
-        self.board.was_deaf(age);
-        if self.arguments.mixed.is_on() {
-            self.coexistence.was_deaf(age);
         }
     }
 

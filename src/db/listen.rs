@@ -217,11 +217,11 @@ impl Listener {
                 self.positions.lift_hold_from_before(&rule.id, enabled_at);
             }
         }
+        self.failing.retain(|id| rules.iter().any(|rule| rule.id == *id));
         let gone: Vec<RuleId> = self.known_rules.iter().filter(|id| rules.iter().all(|rule| rule.id != **id)).cloned().collect();
         self.late.retain(|rule| rules.iter().any(|known| known.id == *rule));
         for rule in gone {
             self.known_rules.remove(&rule);
-            self.failing.forget(&rule);
             tools.rule_health.gone(&rule, &self.db);
         }
     }

@@ -40,6 +40,8 @@ pub struct Group {
     pub hold: Option<Hold>,
     /// The rule's document is invalid: nothing is read for it, and nobody's position passes what it has not had.
     is_suspended: bool,
+    /// Suspended before it met the database: where it starts is not settled.
+    is_unmet: bool,
     /// Deliveries beyond `since` that succeeded while one before them failed; they are not repeated while we live.
     pub delivered: HashSet<u64>,
     /// The read that last found the end of the feed from here.
@@ -119,8 +121,11 @@ impl Positions {
             positions.place(rule, since, hold_of(rule));
         }
         for rule in suspended {
-            positions.suspend(rule, stored(rule).filter(|_| ahead_is_valid));
+            // Who moved `last_seq` could not use it either.
+            positions.suspend(rule, stored(rule));
         }
+        let is_held = ["dirty_at", "held"].iter().any(|field| doc.is_some_and(|doc| !doc[*field].is_null()));
+        positions.changed = is_held && !is_missing && !suspended.is_empty();
         if let Some(held) = held {
             positions.revs.extend(held.newer);
             positions.edited = held.edited;
@@ -147,15 +152,18 @@ impl Positions {
     /// Where it stands, or `since` where it stands nowhere yet: it was there before the process, or is new.
     fn suspend(&mut self, rule: &RuleId, since: Option<Seq>) {
         let stood = self.groups.iter_mut().find(|group| group.rules.contains(rule));
+        let is_unmet = stood.is_none() && since.is_none();
         let (since, delivered) = match stood {
             Some(group) if group.is_suspended => return,
             Some(group) => {
                 group.rules.remove(rule);
+                self.changed |= group.hold.is_some();
                 (group.since.clone(), group.delivered.clone())
             }
             None => (since.or_else(|| self.base.clone()), HashSet::new()),
         };
-        self.groups.push(Group { is_suspended: true, delivered, ..Group::at(BTreeSet::from([rule.clone()]), since) });
+        let group = Group::at(BTreeSet::from([rule.clone()]), since);
+        self.groups.push(Group { is_suspended: true, is_unmet, delivered, ..group });
         self.groups.retain(|group| !group.rules.is_empty());
     }
 
@@ -183,9 +191,7 @@ impl Positions {
         self.groups.retain(|group| !group.rules.is_empty());
         self.starts.retain(|rule, _| wanted.contains(rule));
         self.revs.retain(|rule, _| wanted.contains(rule));
-        for group in self.groups.iter_mut().filter(|group| group.is_suspended) {
-            group.is_suspended = rules.iter().all(|rule| !group.rules.contains(&rule.id));
-        }
+        self.mended(rules);
         for rule in suspended {
             self.suspend(rule, None);
         }
@@ -204,6 +210,22 @@ impl Positions {
         }
         edited.iter().for_each(|rule| self.lift_hold(rule));
         edited
+    }
+
+    fn mended(&mut self, rules: &[RuleStart]) {
+        for rule in rules {
+            let Some(at) = self.groups.iter().position(|group| group.is_suspended && group.rules.contains(&rule.id)) else {
+                continue;
+            };
+            match (self.groups[at].is_unmet, &rule.since) {
+                // It meets the database now.
+                (true, Some(_)) => drop(self.groups.remove(at)),
+                (_, since) => {
+                    (self.groups[at].is_suspended, self.groups[at].is_unmet) = (false, false);
+                    self.starts.extend(since.clone().map(|since| (rule.id.clone(), since)));
+                }
+            }
+        }
     }
 
     /// What held it back may be mended.
@@ -472,7 +494,8 @@ impl Positions {
         let mut rules = Map::new();
         for group in &self.groups {
             for rule in &group.rules {
-                if group.since != self.base || self.starts.contains_key(rule) {
+                let is_elsewhere = group.since != self.base || self.starts.contains_key(rule);
+                if (is_elsewhere || group.is_suspended) && !group.is_unmet {
                     rules.insert(rule.to_string(), json_of(group.since.as_ref()));
                 }
             }
@@ -503,7 +526,17 @@ impl Positions {
 
 impl Group {
     fn at(rules: BTreeSet<RuleId>, since: Option<Seq>) -> Self {
-        Self { rules, since, hold: None, is_suspended: false, delivered: HashSet::new(), at_end: None, placed: 0, budget: None }
+        Self {
+            rules,
+            since,
+            hold: None,
+            is_suspended: false,
+            is_unmet: false,
+            delivered: HashSet::new(),
+            at_end: None,
+            placed: 0,
+            budget: None,
+        }
     }
 
     /// Whether a rule that comes from there, and is held so, reads with it.
@@ -649,11 +682,52 @@ mod tests {
                 positions.sync(&mended, &[]);
                 assert_eq!(since(&positions, "r"), stood, "{held_at_first} {is_reloaded}");
                 assert!(positions.next_read(SystemTime::now()).is_some());
-                // Nobody may have it any more.
+                // Nobody has it any more.
                 positions.sync(&live, &[]);
                 assert_eq!(positions.groups.len(), 1);
             }
         }
+    }
+
+    #[test]
+    fn a_rule_with_a_since_of_its_own_meets_the_database_once_however_often_it_is_invalid() {
+        let own = |since: &str| RuleStart { since: Some(Seq::from(since)), ..rule("own") };
+        let since_of = |positions: &Positions| {
+            positions.groups.iter().find(|group| group.rules.contains("own")).and_then(|group| group.since.clone())
+        };
+        let suspended = ["own".into()];
+        // It had met it: it goes on where it stood, wherever the others are by then.
+        let met = json!({ "last_seq": "5", "ahead": { "from": "5", "rules": { "own": "5" } } });
+        // Somebody else moved `last_seq`, who cannot use the rule either.
+        let moved = json!({ "last_seq": "6", "ahead": { "from": "5", "rules": { "own": "5" } } });
+        for doc in [met, moved] {
+            let mut positions = Positions::load(Some(&doc), &[rule("live")], &suspended);
+            positions.begin_run();
+            let live = positions.next_read(NOW).expect("the live one");
+            positions.page_done(live, page(&["7"], true), NOW, LATER);
+            let doc = stored(&positions);
+            assert_eq!(since_of(&Positions::load(Some(&doc), &[rule("live"), own("now")], &[])), Some(Seq::from("5")), "{doc}");
+            positions.sync(&[rule("live"), own("now")], &[]);
+            assert_eq!(since_of(&positions), Some(Seq::from("5")));
+            let doc = stored(&positions);
+            assert_eq!(since_of(&Positions::load(Some(&doc), &[rule("live"), own("now")], &[])), Some(Seq::from("5")), "{doc}");
+        }
+        // It had not: what it asks for counts once it can be used.
+        let mut positions = Positions::load(Some(&json!({ "last_seq": "5" })), &[rule("live")], &suspended);
+        assert!(stored(&positions).get("ahead").is_none());
+        positions.sync(&[rule("live"), own("0")], &[]);
+        assert_eq!(since_of(&positions), Some(Seq::from("0")));
+    }
+
+    #[test]
+    fn what_held_a_rule_is_taken_back_where_its_document_is_spoilt() {
+        let mut positions = Positions::load(Some(&json!({ "last_seq": "0" })), &[rule("r"), rule("live")], &[]);
+        positions.page_done(0, failing(page(&["1"], true), "r", 0), NOW, LATER);
+        let doc = stored(&positions);
+        positions.saved();
+        positions.sync(&[rule("live")], &["r".into()]);
+        assert!(positions.changed() && stored(&positions)["dirty_at"].is_null());
+        assert!(Positions::load(Some(&doc), &[rule("live")], &["r".into()]).changed());
     }
 
     #[test]
@@ -811,7 +885,7 @@ mod tests {
             limit in 1usize..5,
             writes in prop::collection::vec(0usize..3, 30),
             fates in prop::collection::vec((0u8..6, 0usize..5), 30),
-            runs in prop::collection::vec(any::<bool>(), 1..4),
+            runs in prop::collection::vec(prop::option::of(any::<bool>()), 1..4),
             owns in any::<bool>(),
         ) {
             let own = RuleStart { id: "own".into(), rev: "1-r".into(), since: owns.then(Seq::zero) };
@@ -821,7 +895,7 @@ mod tests {
             let mut fates = fates.into_iter().cycle();
             let mut writes = writes.into_iter().cycle();
             for is_suspended in runs {
-                let suspended: Vec<RuleId> = if is_suspended { vec!["b".into()] } else { Vec::new() };
+                let suspended: Vec<RuleId> = is_suspended.map(|b| if b { "b" } else { "own" }.into()).into_iter().collect();
                 let valid: Vec<RuleStart> = starts.iter().filter(|rule| !suspended.contains(&rule.id)).cloned().collect();
                 let mut positions = Positions::load(Some(&doc), &valid, &suspended);
                 positions.begin_run();

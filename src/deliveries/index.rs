@@ -57,7 +57,7 @@ pub struct Index {
     /// Places for those that are being written, of each rule in each database.
     reserved: HashMap<(Arc<str>, DbName), usize>,
     disabled: HashMap<Arc<str>, Disabled>,
-    /// How often a rule was enabled again while we live.
+    /// When a rule was enabled again.
     enabled: HashMap<Arc<str>, SystemTime>,
     /// Keys whose parked delivery was accepted: when the document was read for it, and its generation; the oldest first.
     accepted: HashMap<Key, (Instant, u64)>,

@@ -1,6 +1,6 @@
 //! The rules and replicators as they are now, and the snapshot that everyone reads.
 
-use crate::couch::Row;
+use crate::couch::{Row, generation};
 use crate::rules::installations::{INTERNAL, databases_of};
 use crate::rules::matching::{INDEXED_FROM, RuleSet};
 use crate::rules::pattern::{Pattern, PatternSet};
@@ -29,7 +29,7 @@ struct Rules {
     /// In the order of their ids.
     all: Vec<Arc<Rule>>,
     patterns: PatternSet,
-    /// Rules whose documents are invalid, with the databases that they were or will be for.
+    /// Rules whose documents are invalid, with the databases that they are for, or were where that cannot be read.
     suspended: Vec<Arc<str>>,
     suspended_patterns: PatternSet,
     /// By their places, sets of rules that are many for one database.
@@ -127,9 +127,9 @@ impl Snapshot {
         self.invalid_rules.contains(id)
     }
 
-    /// Whether there are any such: nobody knows which databases they are for.
-    pub fn has_invalid_rules(&self) -> bool {
-        !self.invalid_rules.is_empty()
+    /// Whether there are such of which nobody knows for which databases they are.
+    pub fn has_unplaced_rules(&self) -> bool {
+        self.invalid_rules.len() > self.rules.suspended.len()
     }
 
     /// Equal for equal rules and replicators, of one build of the program.
@@ -271,7 +271,9 @@ impl Catalogue {
                     }
                     _ => {
                         Arc::make_mut(&mut self.invalid_rules).insert(row.id.as_str().into());
-                        let pattern = pattern_of(doc).or(pattern_before);
+                        // What was invalid from the first was never anybody's rule.
+                        let was_usable = pattern_before.is_some() || generation(row.rev()) > 1;
+                        let pattern = pattern_of(doc).filter(|_| was_usable).or(pattern_before);
                         self.suspended.extend(pattern.map(|pattern| (row.id.as_str().into(), pattern)));
                     }
                 }

@@ -47,9 +47,9 @@ impl Coexistence {
         self.last_sign = self.last_sign.max(Some(at));
     }
 
-    /// Nobody could be heard until now.
-    pub fn was_deaf(&mut self, age: Instant) {
-        self.last_sign = self.last_sign.map(|_| age);
+    /// Nobody could be heard for so long.
+    pub fn was_deaf(&mut self, gap: Duration, age: Instant) {
+        self.last_sign = self.last_sign.map(|at| (at + gap).min(age));
     }
 
     /// Whether there was no sign of others for long.
@@ -120,12 +120,15 @@ mod tests {
     fn silence_says_nothing_to_the_deaf() {
         let (own, age) = (OwnRevs::default(), Instant::now());
         let mut coexistence = coexistence(age);
-        coexistence.was_deaf(age);
+        coexistence.was_deaf(ALONE_AFTER, age);
         assert!(coexistence.is_alone(&own, age), "nobody was there before");
         coexistence.row(&row("3-a", json!({ "_conflicts": ["2-b"] })), "me", &own, age);
-        coexistence.was_deaf(age + ALONE_AFTER);
-        assert!(!coexistence.is_alone(&own, age + ALONE_AFTER));
-        assert!(coexistence.is_alone(&own, age + 2 * ALONE_AFTER));
+        let (gap, back) = (ALONE_AFTER / 2, age + ALONE_AFTER);
+        coexistence.was_deaf(gap, back);
+        assert!(!coexistence.is_alone(&own, back));
+        assert!(coexistence.is_alone(&own, back + gap), "only what was missed counts");
+        coexistence.was_deaf(10 * ALONE_AFTER, back);
+        assert!(!coexistence.is_alone(&own, back + ALONE_AFTER - gap));
     }
 
     #[test]

@@ -50,6 +50,16 @@ pub async fn work(shared: &Shared, tools: &Tools, hold: &Arc<Hold>) -> Worked {
             End::Later { at: SystemTime::now() + delay, retries: failed.saturating_add(1) }
         }
     };
+    // An edit that came meanwhile may be why it was marked.
+    let is_news = {
+        let snapshot = shared.snapshot.borrow();
+        let revs = |rules: &RuleSet| rules.iter().map(|rule| (rule.id.clone(), rule.rev.clone())).collect::<Vec<_>>();
+        revs(&snapshot.rules_of(&db)) != revs(&rules) || snapshot.suspended_of(&db) != suspended
+    };
+    let end = match end {
+        End::Clean | End::Later { .. } if is_news => End::Again,
+        end => end,
+    };
     Worked { end, listener: Some(listener) }
 }
 
@@ -96,7 +106,8 @@ async fn rules_of(shared: &Shared, db: &str, doc: &Value) -> (Arc<RuleSet>, Vec<
         }
     }
     let (rules, suspended) = found;
-    let is_known = !rules.is_empty() || snapshot.is_own(db) || !shared.snapshot.borrow().has_invalid_rules();
+    let nobody_else = suspended.is_empty() && !shared.snapshot.borrow().has_unplaced_rules();
+    let is_known = !rules.is_empty() || snapshot.is_own(db) || nobody_else;
     (rules, suspended, is_known)
 }
 

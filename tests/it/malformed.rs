@@ -174,16 +174,17 @@ async fn a_rule_that_is_invalid_for_a_while_misses_nothing(lab: Arc<Lab>) {
     all_had("/good", &["a"]).await;
     all_had("/typo", &["a"]).await;
     // Once while the process lives, and once through a restart.
-    for (spoilt, written, is_restarted) in [(1, "b", false), (2, "c", true)] {
+    for (written, is_restarted) in [("b", false), ("c", true)] {
         edit("not a url").await;
-        let known = async || (loud_lines(&spiegel, "\"typo\"").len() == spoilt).then_some(());
+        let known = async || (spiegel.metric("invalid_documents").await == 1.0).then_some(());
         eventually(SOON, "it is known to be invalid", known).await;
         if is_restarted {
             spiegel.restart().await;
         }
         lab.couch.put(&db, written, json!({})).await;
         all_had("/good", &[written]).await;
-        assert!(!lab.receiver.delivered("/typo").contains_key(written));
+        // A run that began before the edit may still go by the old rules, and no run of the new process does.
+        assert!(!is_restarted || !lab.receiver.delivered("/typo").contains_key(written));
         edit(&url).await;
         all_had("/typo", &[written]).await;
     }
