@@ -25,7 +25,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use url::Url;
 
-pub use changes::{Changes, ChangesQuery, FeedLine, Rev, Row, generation};
+pub use changes::{Changes, ChangesQuery, FeedLine, Rev, Row, generation, generation_of};
 pub use docs::WriteResult;
 pub use session::Standing;
 

@@ -6,6 +6,7 @@ use super::{Couch, CouchError, Result, Seq, encode_segment};
 use bytes::{Bytes, BytesMut};
 use reqwest::{Method, Response};
 use serde::Deserialize;
+use serde_json::Value;
 use serde_json::value::RawValue;
 use std::sync::Arc;
 use std::time::Duration;
@@ -38,6 +39,11 @@ pub struct Rev {
 /// The number before a revision's dash: of two revisions of one document the higher is the later one.
 pub fn generation(rev: &str) -> u64 {
     rev.split('-').next().and_then(|number| number.parse().ok()).unwrap_or(0)
+}
+
+/// Of the revision that a document is.
+pub fn generation_of(doc: &Value) -> u64 {
+    generation(doc["_rev"].as_str().unwrap_or_default())
 }
 
 /// One page of changes.

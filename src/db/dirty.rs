@@ -4,7 +4,7 @@
 //! the change: the new revision tells whoever holds the lock. A lock that was taken after we had seen the document without one is
 //! younger than the change, and whoever took it reads the change as well.
 
-use crate::couch::generation;
+use crate::couch::generation_of;
 use crate::db::{known, listen};
 use crate::job::timestamp;
 use crate::topology::replicator::Replicator;
@@ -51,10 +51,6 @@ impl Seen {
     pub fn is_older_than(&self, doc: Option<&Value>) -> bool {
         self.generation != doc.map_or(0, generation_of)
     }
-}
-
-fn generation_of(doc: &Value) -> u64 {
-    generation(doc["_rev"].as_str().unwrap_or_default())
 }
 
 #[derive(Debug, Clone, PartialEq)]

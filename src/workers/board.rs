@@ -2,7 +2,7 @@
 //!
 //! It keeps those that are owed work or locked, and no others; their texts only while few of them wait for a place.
 
-use crate::couch::generation;
+use crate::couch::{generation, generation_of};
 use crate::locks::look::{Known, Next, next};
 use crate::locks::mend::conflicts_of;
 use crate::locks::{Kind, Settings};
@@ -223,9 +223,8 @@ impl Board {
     pub fn ended(&mut self, id: &Id, left: Option<Value>, now: SystemTime, age: Instant) {
         let Some(entry) = self.entries.get_mut(id) else { return };
         let kind = entry.kind;
-        let rev_of = |doc: &Value| generation(doc["_rev"].as_str().unwrap_or_default());
         let newest = match (left, entry.doc.take()) {
-            (Some(left), Some(row)) if rev_of(&row) > rev_of(&left) || has_conflicts(&row) => Some(row),
+            (Some(left), Some(row)) if generation_of(&row) > generation_of(&left) || has_conflicts(&row) => Some(row),
             (Some(left), _) => Some(left),
             (None, row) => row,
         };
