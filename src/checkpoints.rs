@@ -10,6 +10,7 @@ use crate::schedule::backoff::Backoff;
 use crate::telemetry::{Metrics, OutcomeLabels};
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use serde_json::Value;
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::oneshot;
@@ -306,7 +307,7 @@ impl Actor for CheckpointsActor {
             }));
         }
         if state.saving.is_none() && !state.saves.is_empty() {
-            let batch: Vec<_> = state.saves.drain(..state.saves.len().min(BATCH_MAX)).collect();
+            let batch = next_batch(&mut state.saves);
             let io = state.io.clone();
             let saving = AbortOnDropHandle::new(tokio::spawn(async move { io.save(batch).await }));
             state.saving = Some(spawn(async move {
@@ -324,6 +325,20 @@ impl Actor for CheckpointsActor {
     ) -> Result<(), ActorProcessingErr> {
         Ok(())
     }
+}
+
+/// Takes the oldest writes, but of one document only the first: PouchDB breaks a document that one `_bulk_docs` holds twice.
+fn next_batch(saves: &mut Vec<(Value, Reply)>) -> Vec<(Value, Reply)> {
+    let (mut batch, mut later, mut ids) = (Vec::new(), Vec::new(), HashSet::new());
+    for (doc, reply) in saves.drain(..) {
+        if batch.len() < BATCH_MAX && ids.insert(doc["_id"].as_str().map(String::from)) {
+            batch.push((doc, reply));
+        } else {
+            later.push((doc, reply));
+        }
+    }
+    *saves = later;
+    batch
 }
 
 fn spawn(task: impl Future<Output = ()> + Send + 'static) -> AbortHandle {
@@ -490,6 +505,30 @@ mod tests {
         let alone = bench.checkpoints.save_along(json!({ "_id": "alone" }));
         bench.checkpoints.hurry();
         assert!(matches!(alone.await, Ok(WriteResult::Saved { .. })), "it does not wait for ever");
+    }
+
+    #[tokio::test]
+    async fn no_request_writes_a_document_twice() {
+        let bench = bench().await;
+        let saves: Vec<_> = ["d", "e", "d", "d", "f"].map(|id| bench.checkpoints.save(json!({ "_id": id }))).into();
+        let mut results = Vec::new();
+        for saved in saves {
+            results.push(matches!(saved.await, Ok(WriteResult::Saved { .. })));
+        }
+        assert_eq!(results, [true, true, false, false, true], "the first one wins");
+        assert_eq!(bench.requests("_bulk_docs"), 3, "{:?}", bench.server.requests());
+    }
+
+    #[test]
+    fn a_batch_is_full_of_what_waited_longest() {
+        let write = |id: usize| (json!({ "_id": id.to_string() }), Reply::Saved(oneshot::channel().0));
+        let ids = |writes: &[(Value, Reply)]| writes.iter().map(|(doc, _)| doc["_id"].clone()).collect::<Vec<_>>();
+        let mut saves: Vec<_> = [0, 0].into_iter().chain(1..BATCH_MAX + 2).map(write).collect();
+        let batch = next_batch(&mut saves);
+        assert_eq!(ids(&batch), (0..BATCH_MAX).map(|id| json!(id.to_string())).collect::<Vec<_>>());
+        assert_eq!(ids(&saves), ["0".to_string(), BATCH_MAX.to_string(), (BATCH_MAX + 1).to_string()]);
+        assert_eq!(next_batch(&mut saves).len(), 3);
+        assert!(saves.is_empty() && next_batch(&mut saves).is_empty());
     }
 
     #[tokio::test]
